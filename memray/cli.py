@@ -1,0 +1,432 @@
+"""The command line: `python -m memray VERB`.
+
+Exit codes: 0 all is well and every trial finished, 1 some failed or something disagrees, 2 wrong usage or an invalid
+spec, 3 the cluster or the storage cannot be reached.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from memray.cost import check_fits, cost
+from memray.spec import ModelSpec, TrialSpec
+from memray.sweep import Sweep, load
+
+FAILED, INVALID, UNREACHABLE = 1, 2, 3
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n\n")[0]
+)
+# A job log is no terminal, and a table cut at 80 columns helps nobody there.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+SweepFile = Annotated[str, typer.Argument(metavar="SWEEP", help="A study file, e.g. sweeps/entropy.py")]
+Parameters = Annotated[
+    list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="A parameter of the study's sweep(...)")
+]
+Storage = Annotated[
+    str, typer.Option(envvar="MEMRAY_STORAGE", help="Folder or URI of the ledger", show_default="./runs")
+]
+TrackingUri = Annotated[
+    str | None, typer.Option(help="MLflow; default MLFLOW_TRACKING_URI, else an SQLite file in the storage")
+]
+
+
+def main() -> None:
+    """Runs the command line."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    app()
+
+
+def _leave(code: int, text: str) -> NoReturn:
+    err.print(text, markup=False)
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turns the errors that a user can cause into their exit codes."""
+    try:
+        yield
+    except ValueError as error:
+        _leave(INVALID, str(error))
+    except OSError as error:  # of which StorageError and ConnectionError are kinds
+        _leave(UNREACHABLE, str(error))
+
+
+def _load(path: str, parameters: list[str] | None) -> Sweep:
+    """The sweep, with every cell that cannot run reported at once."""
+    pairs = dict(each.partition("=")[::2] for each in parameters or [])
+    if wrong := [each for each in parameters or [] if "=" not in each]:
+        _leave(INVALID, f"-p takes name=value, but got {', '.join(wrong)}")
+    try:
+        sweep = load(path, **pairs)
+        problems = _problems(sweep)
+    except ValueError as error:
+        _leave(INVALID, str(error))
+    if problems:
+        lines = [f"{len(problems)} of {len(sweep.trials)} trials of {sweep.name} cannot run:"]
+        _leave(INVALID, "\n".join(lines + [f"  {trial_id}: {text}" for trial_id, text in problems.items()]))
+    return sweep
+
+
+def _problems(sweep: Sweep) -> dict[str, str]:
+    """What is wrong with each trial that its spec alone does not tell: memory, and symbols that are no tokens."""
+    problems = {}
+    encodings: dict[tuple[Any, ...], str | None] = {}
+    for trial in sweep.trials:
+        model = trial.model.model_copy(update={"pretrained": False, "lora": None, "dropout": 0.0})
+        key = (model, trial.strings.alphabet, trial.strings.alphabet_size)
+        try:
+            check_fits(trial)
+            if key not in encodings:
+                encodings[key] = _encoding_problem(trial, model)
+            if problem := encodings[key]:
+                raise ValueError(problem)
+        except ValueError as error:
+            problems[trial.trial_id()] = str(error)
+    return problems
+
+
+def _encoding_problem(trial: TrialSpec, model: ModelSpec) -> str | None:
+    if model.path is None and model.size == "tiny":
+        return None  # its tokenizer has every built-in symbol
+    # Only here, because transformers takes seconds to import.
+    from memray.models import is_at_hand
+    from memray.trial import prepare
+
+    if not is_at_hand(model):
+        err.print(
+            f"{model.family} {model.size} is not downloaded yet: whether each symbol is one of its tokens will be checked "
+            "when it is",
+            markup=False,
+        )
+        return None
+    try:
+        prepare(trial)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _download(sweep: Sweep) -> None:
+    """Fetches what the hub has of the sweep's models, once, on the driver; then checks what `plan` could not."""
+    models = {trial.model for trial in sweep.trials if trial.model.path is None and trial.model.size != "tiny"}
+    if not models:
+        return
+    from memray.models import download, is_at_hand
+
+    absent = [model for model in models if not is_at_hand(model)]
+    for model in absent:
+        out.print(f"downloading {model.family} {model.size}")
+        download(model)
+    if absent and (problems := _problems(sweep)):
+        raise ValueError("\n".join(f"trial {trial_id}: {text}" for trial_id, text in problems.items()))
+
+
+def _ledger(storage: str, sweep: Sweep) -> Any:
+    from memray.cluster.ledger import Ledger
+
+    is_relative = "://" not in storage and not Path(storage).is_absolute()
+    if is_relative and os.environ.get("RAY_JOB_ID"):
+        raise ValueError(
+            f"inside a Ray job the storage must be absolute, but it is {storage!r}: the job's working directory is a "
+            "cache that Ray deletes; set --storage or MEMRAY_STORAGE to a shared folder or a URI"
+        )
+    return Ledger(str(Path(storage).absolute()) if "://" not in storage else storage, sweep.name)
+
+
+@app.command()
+def plan(
+    sweep: SweepFile,
+    parameters: Parameters = None,
+    storage: Storage = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a trial")] = False,
+) -> None:
+    """Shows every trial, what it costs and whether it is finished; refuses what cannot run."""
+    loaded = _load(sweep, parameters)
+    with _exit_codes():
+        ledger = _ledger(storage, loaded)
+        states = ledger.states(trial.trial_id() for trial in loaded.trials)
+    rows = [_plan_row(trial, loaded, states[trial.trial_id()]) for trial in loaded.trials]
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps(row))
+        return
+    out.print(_plan_table(rows, loaded))
+    left = [row for row in rows if row["state"] != "finished"]
+    out.print(
+        f"{len(rows)} trials in {len(loaded.cells())} cells, {len(left)} to run: "
+        f"{sum(row['flops'] for row in left):.3g} floating-point operations, "
+        f"{sum(row['device_hours'] for row in left):.3g} device-hours (estimated), "
+        f"at most {max(row['peak_gib'] for row in rows):.1f} GiB a device"
+    )
+
+
+def _plan_row(trial: TrialSpec, sweep: Sweep, state: str) -> dict[str, Any]:
+    estimate, params = cost(trial), trial.params()
+    return {
+        "trial_id": trial.trial_id(),
+        "cell_id": trial.cell_id(),
+        "varying": {name: params[name] for name in sweep.varying()},
+        "engine": trial.compute.engine,
+        "accelerator": trial.compute.accelerator,
+        "devices": trial.compute.device_share,
+        "flops": estimate.flops,
+        "peak_gib": round(estimate.peak_gib, 3),
+        "device_hours": estimate.device_hours,
+        "state": state,
+    }
+
+
+def _plan_table(rows: list[dict[str, Any]], sweep: Sweep) -> Table:
+    table = Table(title=f"{sweep.name}: {sweep.question}", title_justify="left")
+    for name in ("trial", *(name.rpartition(".")[2] for name in sweep.varying()), "engine", "device"):
+        table.add_column(name)
+    for name in ("FLOPs", "GiB", "hours"):
+        table.add_column(name, justify="right")
+    table.add_column("state")
+    for row in rows:
+        table.add_row(
+            row["trial_id"],
+            *(str(value) for value in row["varying"].values()),
+            row["engine"],
+            row["accelerator"],
+            f"{row['flops']:.2g}",
+            f"{row['peak_gib']:.1f}",
+            f"{row['device_hours']:.2g}",
+            row["state"],
+        )
+    return table
+
+
+@app.command()
+def trial(sweep: SweepFile, trial_id: str, parameters: Parameters = None) -> None:
+    """Runs one trial in this process, without Ray or MLflow: one JSON object a line for each measurement."""
+    loaded = _load(sweep, parameters)
+    with _exit_codes():
+        from memray.trial import run_trial
+
+        for measurement in run_trial(loaded.trial(trial_id)):
+            typer.echo(json.dumps(measurement.record()))
+
+
+@app.command()
+def run(
+    sweep: SweepFile,
+    parameters: Parameters = None,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster; default RAY_ADDRESS, else this machine")] = None,
+    storage: Storage = "runs",
+    tracking_uri: TrackingUri = None,
+    max_concurrent: Annotated[int | None, typer.Option(min=1, help="Trials side by side at most")] = None,
+) -> None:
+    """Runs what is not finished, shows how it goes, and prints the results and where to look."""
+    loaded = _load(sweep, parameters)
+    from memray.cluster.launch import launch
+    from memray.cluster.mirror import default_tracking_uri
+
+    with _exit_codes():
+        ledger = _ledger(storage, loaded)
+        uri = tracking_uri or default_tracking_uri(storage)
+        _download(loaded)
+        mirror = _mirror(loaded, ledger, uri, storage)
+        mirror.start()
+        with _watcher(loaded, mirror) as watcher:
+            outcome = launch(loaded, ledger, watcher, address=address, max_concurrent=max_concurrent)
+        lag = mirror.finish(failed=len(outcome.failed))
+    _show_results(loaded, storage)
+    for trial_id, why in outcome.failed.items():
+        err.print(f"trial {trial_id} failed: {why.strip().splitlines()[-1]}", markup=False)
+    _say_where(mirror, uri, lag, sweep, parameters, storage)
+    raise typer.Exit(FAILED if outcome.failed else 0)
+
+
+def _mirror(sweep: Sweep, ledger: Any, uri: str, storage: str) -> Any:
+    from memray.cluster.mirror import Mirror
+
+    def write_figures(folder: Path) -> None:
+        from memray.cluster.tracking import results
+        from memray.report.figure import write_sweep_figure
+
+        frame = results(sweep, storage=storage)
+        if len(frame):
+            write_sweep_figure(sweep, frame, folder)
+            frame.to_parquet(folder / "results.parquet")
+
+    return Mirror(sweep, ledger, uri, write_figures)
+
+
+def _show_results(sweep: Sweep, storage: str) -> None:
+    from memray.cluster.tracking import results
+    from memray.report.table import result_table
+
+    frame = results(sweep, storage=storage)
+    if len(frame):
+        for renderable in result_table(sweep, frame):
+            out.print(renderable)
+
+
+def _say_where(mirror: Any, uri: str, lag: int, sweep: str, parameters: list[str] | None, storage: str) -> None:
+    arguments = " ".join([sweep, *(f"-p {each}" for each in parameters or []), f"--storage {storage}"])
+    if lag or mirror.error is not None:
+        err.print(
+            f"MLflow at {uri} lacks {lag} finished trials ({mirror.error}); the ledger holds them. Catch up with:\n"
+            f"  python -m memray sync {arguments} --tracking-uri {uri}",
+            markup=False,
+        )
+        return
+    page = f"/#/experiments/{mirror.page}/runs?compareRunsMode=CHART"
+    if uri.startswith("sqlite"):
+        out.print(f"Compare the runs: mlflow server --backend-store-uri {uri} --host 127.0.0.1 --port 5000")
+        out.print(f"and open http://127.0.0.1:5000{page}")
+    else:
+        out.print(f"Compare the runs: {uri}{page}")
+
+
+class _Watching:
+    """Tells the person, and the mirror, how a launch goes on."""
+
+    def __init__(self, sweep: Sweep, mirror: Any, progress: Progress | None) -> None:
+        self.mirror = mirror
+        self.progress = progress
+        self.epochs = {trial.trial_id(): trial.num_epochs for trial in sweep.trials}
+        self.reached: dict[str, int] = {}
+        self.ended_trials = 0
+        self.total = 0
+        self.began_s = time.monotonic()
+
+    def began(self, trials: int, concurrency: int) -> None:
+        self.total, self.began_s = trials, time.monotonic()
+        self.says(f"{trials} trials to run, {concurrency} at a time")
+        if self.progress:
+            self.bar = self.progress.add_task("trials", total=trials)
+
+    def advanced(self, trial_id: str, epoch: int) -> None:
+        self.reached[trial_id] = epoch
+        self.mirror.touch(trial_id)
+
+    def ended(self, trial_id: str, state: str) -> None:
+        self.mirror.touch(trial_id)
+        self.ended_trials += 1
+        if self.progress:
+            self.progress.advance(self.bar)
+        elapsed = time.monotonic() - self.began_s
+        left = elapsed / self.ended_trials * (self.total - self.ended_trials)
+        if not self.progress or state == "failed":
+            self.says(
+                f"{self.ended_trials}/{self.total} {trial_id} {state}, {elapsed:.0f} s elapsed, about {left:.0f} s left"
+            )
+
+    def says(self, text: str) -> None:
+        console = self.progress.console if self.progress else out
+        console.print(text, markup=False)
+
+
+@contextlib.contextmanager
+def _watcher(sweep: Sweep, mirror: Any) -> Iterator[_Watching]:
+    if not sys.stdout.isatty():
+        yield _Watching(sweep, mirror, None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=out) as progress:
+        yield _Watching(sweep, mirror, progress)
+
+
+@app.command()
+def status(sweep: SweepFile, parameters: Parameters = None, storage: Storage = "runs") -> None:
+    """Shows what is done, running, failed and planned."""
+    loaded = _load(sweep, parameters)
+    with _exit_codes():
+        ledger = _ledger(storage, loaded)
+        states = ledger.states(trial.trial_id() for trial in loaded.trials)
+        counts = {state: list(states.values()).count(state) for state in ("finished", "running", "failed", "planned")}
+        out.print(f"{loaded.name}: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+        for trial_id, state in states.items():
+            if state == "failed":
+                why = ledger.trial(trial_id).failure() or ""
+                out.print(f"  {trial_id} failed: {why.strip().splitlines()[-1]}", markup=False)
+            elif state == "running":
+                done = ledger.trial(trial_id).measurements()[0]
+                out.print(f"  {trial_id} runs: epoch {done[-1]['epoch'] if done else 0} written", markup=False)
+
+
+@app.command()
+def sync(
+    sweep: SweepFile, parameters: Parameters = None, storage: Storage = "runs", tracking_uri: TrackingUri = None
+) -> None:
+    """Sends MLflow what it lacks, or rebuilds it."""
+    loaded = _load(sweep, parameters)
+    from memray.cluster.mirror import default_tracking_uri
+
+    with _exit_codes():
+        ledger = _ledger(storage, loaded)
+        uri = tracking_uri or default_tracking_uri(storage)
+        states = ledger.states(trial.trial_id() for trial in loaded.trials)
+        mirror = _mirror(loaded, ledger, uri, storage)
+        lag = mirror.finish(failed=sum(state == "failed" for state in states.values()))
+    _say_where(mirror, uri, lag, sweep, parameters, storage)
+    raise typer.Exit(UNREACHABLE if mirror.error is not None else 0)
+
+
+@app.command()
+def audit(
+    sweep: SweepFile, parameters: Parameters = None, storage: Storage = "runs", tracking_uri: TrackingUri = None
+) -> None:
+    """Reconciles plan, ledger and MLflow; lists every difference and changes nothing."""
+    loaded = _load(sweep, parameters)
+    from memray.cluster.audit import audit as find_differences
+    from memray.cluster.mirror import default_tracking_uri
+
+    with _exit_codes():
+        uri = tracking_uri or default_tracking_uri(storage)
+        differences = find_differences(loaded, _ledger(storage, loaded), uri)
+    for difference in differences:
+        err.print(difference, markup=False)
+    out.print(f"{loaded.name}: {len(loaded.trials)} trials, {len(differences)} differences")
+    raise typer.Exit(FAILED if differences else 0)
+
+
+@app.command()
+def remeasure(
+    sweep: SweepFile,
+    parameters: Parameters = None,
+    storage: Storage = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the measurements, one JSON object a line")] = False,
+) -> None:
+    """Computes every measure again from the per-token records, without a model, and compares it with the ledger."""
+    loaded = _load(sweep, parameters)
+    from memray.cluster.audit import remeasured
+
+    num_different = num_finished = 0
+    with _exit_codes():
+        ledger = _ledger(storage, loaded)
+        for each in loaded.trials:
+            folder = ledger.trial(each.trial_id())
+            if folder.finished() is None:
+                continue
+            num_finished += 1
+            records = remeasured(each, folder)
+            if as_json:
+                for record in records:
+                    typer.echo(json.dumps(record))
+            if records != folder.measurements()[0]:
+                num_different += 1
+                err.print(f"trial {each.trial_id()}: its records give other measures than the ledger holds", markup=False)
+    if not as_json:
+        out.print(f"{loaded.name}: {num_finished} finished trials measured again, {num_different} differ")
+    raise typer.Exit(FAILED if num_different else 0)
+

@@ -1,0 +1,306 @@
+"""A sweep on Ray Tune: what is left to do, where it fits, and what became of it.
+
+Tune schedules a list of trials and nothing more. Its own snapshots are not used: the ledger alone decides what is left,
+so a launch that was killed is simply launched again. A trial that another live launch holds is waited for.
+"""
+
+import functools
+import os
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a banner even when it is told to be silent
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Ray's daemons listen on every interface, whatever is set: without a token anybody could run code here. Ray makes the
+# token only if the mode is set before it is imported.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+import ray
+from ray import tune
+
+from memray.accelerators import accelerator
+from memray.cluster.ledger import AlreadyFinished, Attempt, Busy, Ledger, State, Superseded
+from memray.cluster.storage import cluster_claims
+from memray.cluster.weights import fetch, start_weights_owner
+from memray.cost import cost
+from memray.measurement import Measurement, string_table, token_table
+from memray.spec import TrialSpec
+from memray.sweep import Sweep
+
+# Retries of a trial whose actor died or raised, before the failure stands.
+MAX_FAILURES = 2
+# Seconds of measurements that an actor gathers before it writes a segment: what a crash can lose.
+SEGMENT_S = 5.0
+# A launch that meets foreign leases looks again after this time.
+WAIT_S = 5.0
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """Who is told how a launch goes on."""
+
+    def began(self, trials: int, concurrency: int) -> None: ...
+
+    def advanced(self, trial_id: str, epoch: int) -> None: ...
+
+    def ended(self, trial_id: str, state: State) -> None: ...
+
+    def says(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the trials of a sweep."""
+
+    finished: tuple[str, ...] = ()
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def connect(address: str | None) -> None:
+    """Joins a Ray cluster, or starts one on this machine.
+
+    Raises:
+        ConnectionError: If there is no cluster at the address.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {}
+    if address == "local":
+        options["include_dashboard"] = False
+        os.environ["HF_HUB_OFFLINE"] = "1"  # the driver has downloaded: the hub answers 429 to many workers
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+
+
+def pending(sweep: Sweep, ledger: Ledger) -> list[TrialSpec]:
+    """The trials that are not finished, in order."""
+    states = ledger.states(trial.trial_id() for trial in sweep.trials)
+    return [trial for trial in sweep.trials if states[trial.trial_id()] != "finished"]
+
+
+def resources(spec: TrialSpec) -> dict[str, float]:
+    """What one trial asks of Ray."""
+    asked = {"CPU": float(spec.compute.threads)}
+    if accelerator(spec.compute.accelerator).device != "cpu":
+        asked["GPU"] = spec.compute.device_share
+    return asked
+
+
+def concurrency(trials: Sequence[TrialSpec], cluster: dict[str, float]) -> int:
+    """How many trials run side by side: as many as the scarcest resource of the cluster holds.
+
+    Raises:
+        ValueError: If some trial can never run there: Ray would wait for ever.
+    """
+    limits = []
+    for spec in trials:
+        asked = resources(spec)
+        for name, amount in asked.items():
+            if cluster.get(name, 0) < amount:
+                raise ValueError(
+                    f"trial {spec.trial_id()} needs {amount:g} {name}, but the cluster has {cluster.get(name, 0):g}; "
+                    "join a larger cluster, or ask for less in the spec's compute"
+                )
+            limits.append(int(cluster[name] / amount + 1e-9))
+        if "GPU" not in asked and "memory" in cluster:
+            limits.append(max(1, int(cluster["memory"] / 2**30 / cost(spec).peak_gib)))
+    return min(limits)
+
+
+def launch(
+    sweep: Sweep, ledger: Ledger, watcher: Watcher, *, address: str | None = None, max_concurrent: int | None = None
+) -> Outcome:
+    """Runs what is not finished, and returns when every trial is finished or has failed.
+
+    Raises:
+        ConnectionError: If the cluster cannot be reached.
+        ValueError: If a trial can never run on it.
+        StorageError: If the storage refuses to be written.
+    """
+    ledger.check_writable()
+    remaining = pending(sweep, ledger)
+    if remaining:
+        connect(address)
+        try:
+            if ledger.needs_claims:
+                ledger.with_claims(cluster_claims())
+            _launch_on_cluster(remaining, ledger, watcher, max_concurrent)
+        finally:
+            ray.shutdown()
+    states = ledger.states(trial.trial_id() for trial in sweep.trials)
+    failed = [trial_id for trial_id, state in states.items() if state != "finished"]
+    return Outcome(
+        finished=tuple(trial_id for trial_id, state in states.items() if state == "finished"),
+        failed={trial_id: ledger.trial(trial_id).failure() or "it left no trace" for trial_id in failed},
+    )
+
+
+def _launch_on_cluster(
+    remaining: list[TrialSpec], ledger: Ledger, watcher: Watcher, max_concurrent: int | None
+) -> None:
+    name = uuid.uuid4().hex[:12]
+    side_by_side = concurrency(remaining, ray.cluster_resources())
+    side_by_side = min(side_by_side, max_concurrent or side_by_side, len(remaining))
+    owner = start_weights_owner() if any(spec.model.pretrained for spec in remaining) else None
+    watcher.began(len(remaining), side_by_side)
+    while remaining:
+        announcer = Announcer(ledger, watcher, name)
+        run_on_tune(remaining, ledger, name, owner, side_by_side, announcer)
+        remaining = [spec for spec in remaining if spec.trial_id() in announcer.busy]
+        if remaining:
+            watcher.says(next(iter(announcer.busy.values())))
+            time.sleep(WAIT_S)
+
+
+def run_on_tune(
+    trials: Sequence[TrialSpec], ledger: Ledger, name: str, owner: Any, side_by_side: int, announcer: "Announcer"
+) -> None:
+    """Lets Tune run each of the trials once."""
+    by_id = {spec.trial_id(): spec for spec in trials}
+    trainable = tune.with_resources(
+        tune.with_parameters(run_in_actor, ledger=ledger, launch_name=name, owner=owner),
+        lambda config: resources(by_id[config["cell"]["trial_id"]]),
+    )
+    cells = [{"trial_id": trial_id, "spec": spec.model_dump_json()} for trial_id, spec in by_id.items()]
+    with tempfile.TemporaryDirectory(prefix="memray-tune-") as scratch:
+        tune.Tuner(
+            trainable,
+            param_space={"cell": tune.grid_search(cells)},
+            tune_config=tune.TuneConfig(max_concurrent_trials=side_by_side, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name=name,
+                storage_path=scratch,
+                verbose=0,
+                callbacks=[announcer],
+                failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            ),
+        ).fit()
+
+
+# --- in the actor ----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _shelf(owner: Any) -> Any:
+    """One model shelf an actor, which Tune reuses from trial to trial."""
+    from memray.trial import ModelShelf
+
+    return ModelShelf(functools.partial(fetch, owner) if owner is not None else None)
+
+
+def run_in_actor(config: dict[str, Any], *, ledger: Ledger, launch_name: str, owner: Any) -> None:
+    """Tune's function: one trial, from its claim to its marker."""
+    spec = TrialSpec.model_validate_json(config["cell"]["spec"])
+    folder = ledger.trial(spec.trial_id())
+    try:
+        attempt = folder.claim(spec.canonical_json(), launch_name)
+    except AlreadyFinished:
+        return
+    except Busy as error:
+        tune.report({"busy": str(error)})
+        return
+    with attempt:
+        try:
+            record_trial(spec, attempt, _shelf(owner))
+        except Superseded as error:
+            tune.report({"busy": str(error)})
+        except ValueError:
+            attempt.fail(traceback.format_exc())  # the same spec would be refused again: no retry
+        except Exception:
+            attempt.fail(traceback.format_exc())
+            raise
+
+
+def record_trial(spec: TrialSpec, attempt: Attempt, shelf: Any) -> None:
+    """Runs a trial and writes what it measures, a few segments in all."""
+    from memray.trial import run_trial
+
+    gathered: list[Measurement] = []
+    began = written = time.monotonic()
+
+    def write() -> None:
+        attempt.append([each.record() for each in gathered], token_table(gathered), string_table(gathered))
+        for each in gathered:
+            if each.weights is not None:
+                attempt.keep_weights(each.epoch, each.weights)
+        gathered.clear()
+
+    epoch = 0
+    for measurement in run_trial(spec, shelf=shelf):
+        gathered.append(measurement)
+        epoch = measurement.epoch
+        if time.monotonic() - written > SEGMENT_S:
+            write()
+            tune.report({"epoch": epoch})
+            written = time.monotonic()
+    if gathered:
+        write()
+    attempt.finish({"epochs": epoch, "seconds": round(time.monotonic() - began, 3), **provenance(spec)})
+
+
+def provenance(spec: TrialSpec) -> dict[str, Any]:
+    """What else the numbers depend on."""
+    import platform
+
+    import torch
+    import transformers
+
+    from memray.measurement import MEASURE_VERSIONS
+
+    is_cpu = accelerator(spec.compute.accelerator).device == "cpu"
+    return {
+        "probes_id": spec.probes.probes_id(),
+        "probes": spec.probes.model_dump_json(),
+        "measure_versions": MEASURE_VERSIONS,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": torch.backends.cpu.get_cpu_capability() if is_cpu else torch.cuda.get_device_name(),
+    }
+
+
+class Announcer(tune.Callback):
+    """Hears from Tune how trials end, and tells the watcher; on the driver."""
+
+    def __init__(self, ledger: Ledger, watcher: Watcher, launch_name: str) -> None:
+        self.ledger = ledger
+        self.watcher = watcher
+        self.launch_name = launch_name
+        self.busy: dict[str, str] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its callbacks into a snapshot that is never restored
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        trial_id = trial.config["cell"]["trial_id"]
+        if "busy" in result:
+            self.busy[trial_id] = result["busy"]
+        elif "epoch" in result:
+            self.watcher.advanced(trial_id, result["epoch"])
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        trial_id = trial.config["cell"]["trial_id"]
+        if trial_id not in self.busy:
+            self.watcher.ended(trial_id, self.ledger.trial(trial_id).state())
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        trial_id = trial.config["cell"]["trial_id"]
+        folder = self.ledger.trial(trial_id)
+        if folder.state() not in ("failed", "finished"):
+            self._record_death(folder, trial)
+        self.watcher.ended(trial_id, folder.state())
+
+    def _record_death(self, folder: Any, trial: Any) -> None:
+        """An actor that was killed has left no traceback; what Ray says of it stands in its place."""
+        said = Path(trial.error_file).read_text() if trial.error_file else "the actor died and Ray gave no reason"
+        spec = TrialSpec.model_validate_json(trial.config["cell"]["spec"])
+        with folder.claim(spec.canonical_json(), self.launch_name) as attempt:
+            attempt.fail(said)

@@ -1,0 +1,677 @@
+"""The ledger: what a trial has measured, kept in a folder that is the truth about it.
+
+    <storage>/<sweep>/<trial_id>/
+        spec.json, created.json             written once; MLflow timestamps derive from `created_ms`
+        leases/<attempt>.json               who holds the trial, renewed while it runs
+        tokens/<attempt>-<segment>.parquet, strings/<attempt>-<segment>.parquet
+        measurements/<attempt>-<segment>.jsonl    written last: it commits the segment
+        weights/<attempt>-<epoch>.safetensors   where the spec keeps them
+        failed-<attempt>.json               the traceback of an attempt that failed
+        finished.json                       written last of all: attempt, digests, summary
+        notes/<name>.json                   small facts beside the truth, such as an MLflow run id
+
+Exclusion may fail (a paused process, a wrong clock, a slow network file system), and the truth must
+not: attempts never share a segment, and readers take all they read from one attempt, the finished one
+or else the newest. So an exclusion that failed costs work, never numbers.
+
+The ledger knows nothing of what the numbers mean, of MLflow, or of who schedules trials.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy import ndarray
+from safetensors.numpy import save as save_safetensors
+
+from memray.cluster.storage import ClaimsAuthority, ObjectStorage, open_storage
+
+Json = dict[str, Any]
+State = Literal["planned", "running", "failed", "finished"]
+
+
+class Busy(RuntimeError):  # noqa: N818
+    """Another launch holds the trial; the message says who, and since when."""
+
+
+class Superseded(RuntimeError):  # noqa: N818
+    """A newer attempt owns the trial: whoever meets this must stop writing."""
+
+
+class AlreadyFinished(RuntimeError):  # noqa: N818
+    """The trial is finished, and there is nothing to claim."""
+
+
+# --- JSON and segments ----------------------------------------------------------------------------
+
+
+def _encode(document: Json, what: str) -> bytes:
+    """One line of JSON whose floats read back to the last bit.
+
+    Raises:
+        ValueError: If a value is no JSON: nan and infinity included, for a missing number is left out.
+    """
+    try:
+        return json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+    except (TypeError, ValueError) as error:
+        place, value = next(_offenders(document, ""), ("a value", error))
+        raise ValueError(
+            f"{what} must hold only JSON with finite numbers, but {place} is {value!r}; leave a missing "
+            "number out, and turn arrays into lists"
+        ) from error
+
+
+def _offenders(value: object, place: str) -> Iterator[tuple[str, object]]:
+    """Everything in a nested value that JSON cannot say, with where it stands."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _offenders(item, f"{place}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _offenders(item, f"{place}[{index}]")
+    elif not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
+        yield place, value
+
+
+def _segment(kind: str, attempt: int, number: int) -> str:
+    extension = "jsonl" if kind == "measurements" else "parquet"
+    return f"{kind}/{attempt:04d}-{number:04d}.{extension}"
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+class Cursor(NamedTuple):
+    """How far a reader has come: the segments of one attempt. It survives JSON as a list of two."""
+
+    attempt: int
+    segment: int
+
+
+START = Cursor(attempt=0, segment=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What `finished.json` says.
+
+    Attributes:
+        attempt: The attempt whose segments are the result.
+        segments: How many it committed, numbered from 1.
+        finished_ms: When, in milliseconds since 1970.
+        measurements_sha256: Over all measurement lines in order, however they were cut into segments: two
+            trials that measured the same bits have the same digest.
+        files: sha256 of every other file of the result, by its path in the folder.
+        summary: What the caller had to say of the whole trial.
+    """
+
+    attempt: int
+    segments: int
+    finished_ms: int
+    measurements_sha256: str
+    files: dict[str, str]
+    summary: Json
+
+
+# --- Leases ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """Who holds a trial. Times are seconds since 1970 by the holder's clock; hosts agree to a few seconds.
+
+    `host` is for people; `machine` (boot and process namespace) says whether `pid` means anything here, and
+    `pid_started` (clock ticks since boot) that it is still the same process.
+    """
+
+    launch: str
+    attempt: int
+    host: str
+    machine: str | None
+    pid: int
+    pid_started: int | None
+    claimed_s: float
+    renewed_s: float
+    released_s: float | None = None
+
+    @classmethod
+    def of_this_process(cls, launch: str, attempt: int) -> "Lease":
+        """A lease that this process takes now."""
+        now, pid = time.time(), os.getpid()
+        stat = _process_stat(pid)
+        return cls(
+            launch=launch,
+            attempt=attempt,
+            host=socket.gethostname(),
+            machine=_this_machine(),
+            pid=pid,
+            pid_started=None if stat is None else stat[1],
+            claimed_s=now,
+            renewed_s=now,
+        )
+
+    def is_live(self, expiry_s: float) -> bool:
+        """Whether the holder may still be at work: not released, renewed lately, not known to be gone."""
+        if self.released_s is not None or time.time() - self.renewed_s > expiry_s:
+            return False
+        here = self.machine is not None and self.machine == _this_machine()
+        return not here or _is_running(self.pid, self.pid_started)
+
+
+def _this_machine() -> str | None:
+    """Names the boot and the process namespace, for containers share host names and count their own pids.
+
+    None where there is no /proc (macOS): there a dead holder's lease is waited out.
+    """
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
+def _process_stat(pid: int) -> tuple[str, int] | None:
+    """A process's state letter and its start in clock ticks since boot; None where they cannot be read."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The second field is the command in brackets and may itself hold spaces and brackets.
+    fields = stat.rpartition(")")[2].split()
+    return fields[0], int(fields[19])
+
+
+def _is_running(pid: int, started: int | None) -> bool:
+    """Whether a process of this machine is there, is more than a zombie, and is the one that started then."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's process, which /proc may hide from us
+    stat = _process_stat(pid)
+    return stat is None or (stat[0] not in "ZX" and stat[1] == started)
+
+
+# --- The ledger -----------------------------------------------------------------------------------
+
+
+class Ledger:
+    """The trial folders of one sweep. It can be pickled where its claims authority can.
+
+    Args:
+        storage: A local path, or any URI that pyarrow opens.
+        sweep: The sweep's name.
+        claims: Who decides between writers on an object store; not asked on a file system.
+        renewal_s: Seconds between renewals of a lease.
+        expiry_s: Seconds without renewal after which a lease is dead; well above `renewal_s`.
+
+    Raises:
+        ValueError: If the storage cannot be opened, or the name is no file name.
+    """
+
+    def __init__(
+        self,
+        storage: str,
+        sweep: str,
+        claims: ClaimsAuthority | None = None,
+        *,
+        renewal_s: float = 5.0,
+        expiry_s: float = 30.0,
+    ):
+        if not 0 < renewal_s < expiry_s:
+            raise ValueError(
+                f"0 < renewal_s < expiry_s must hold, but got (renewal_s={renewal_s}, expiry_s={expiry_s})"
+            )
+        self.storage = open_storage(storage, claims)
+        self.sweep = _file_name(sweep, "a sweep's name")
+        self.renewal_s = renewal_s
+        self.expiry_s = expiry_s
+
+    @property
+    def needs_claims(self) -> bool:
+        """Whether writers have to ask a claims authority, and have none to ask."""
+        return isinstance(self.storage, ObjectStorage) and self.storage.claims is None
+
+    def with_claims(self, claims: ClaimsAuthority) -> None:
+        """Gives an object store the authority that decides between its writers."""
+        assert isinstance(self.storage, ObjectStorage)
+        self.storage.claims = claims
+
+    def trial(self, trial_id: str) -> "TrialFolder":
+        """The folder of a trial, whether it exists yet or not."""
+        return TrialFolder(self, trial_id)
+
+    def trial_ids(self) -> list[str]:
+        """Ids of all trials that have a folder, sorted; also of trials no longer in the sweep."""
+        return [name[:-1] for name in self.storage.list(self.sweep) if name.endswith("/")]
+
+    def states(self, trial_ids: Iterable[str]) -> dict[str, State]:
+        """The state of many trials, asked for side by side: an object store answers each in milliseconds."""
+        names = list(trial_ids)
+        with ThreadPoolExecutor(16) as pool:
+            return dict(zip(names, pool.map(lambda name: self.trial(name).state(), names), strict=True))
+
+    def check_writable(self) -> None:
+        """Write a small file, so that a storage that refuses is found before anything is scheduled.
+
+        Raises:
+            StorageError: With a sentence, if it refuses.
+        """
+        self.storage.replace(f"{self.sweep}/.writable", b"")
+
+
+def _file_name(name: str, what: str) -> str:
+    if not re.fullmatch(r"\w[\w.\-]*", name, flags=re.ASCII):
+        raise ValueError(
+            f"{what} must consist of letters, digits, '_', '-' and '.' and begin with none of '-.', but got {name!r}"
+        )
+    return name
+
+
+class TrialFolder:
+    """One trial's folder: reading it, and claiming it in order to write. Made by `Ledger.trial`."""
+
+    def __init__(self, ledger: Ledger, trial_id: str):
+        self.ledger = ledger
+        self.trial_id = _file_name(trial_id, "a trial id")
+
+    def _path(self, name: str) -> str:
+        return f"{self.ledger.sweep}/{self.trial_id}/{name}"
+
+    def _exists(self, name: str) -> bool:
+        return self.ledger.storage.exists(self._path(name))
+
+    def _read(self, name: str) -> bytes:
+        return self.ledger.storage.read_bytes(self._path(name))
+
+    def _write_new(self, name: str, data: bytes) -> None:
+        self.ledger.storage.write_new(self._path(name), data)
+
+    def _replace(self, name: str, data: bytes, *, durable: bool = True) -> None:
+        self.ledger.storage.replace(self._path(name), data, durable=durable)
+
+    def _read_json(self, name: str) -> Json | None:
+        """The document, or None where there is no such file."""
+        try:
+            return dict(json.loads(self._read(name)))
+        except FileNotFoundError:
+            return None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self._path(name)} must be a JSON object, but is torn or was edited: {error}") from error
+
+    def _newest_attempt(self) -> int:
+        """The highest attempt that was ever claimed; 0 before the first."""
+        names = self.ledger.storage.list(self._path("leases"))
+        return max((int(name[:-5]) for name in names if re.fullmatch(r"\d{4,}\.json", name)), default=0)
+
+    def _live_lease(self, attempt: int) -> Lease | None:
+        """The lease of an attempt if it is live; a torn one is dead, which costs at most work."""
+        try:
+            lease = Lease(**(self._read_json(f"leases/{attempt:04d}.json") or {}))
+        except (TypeError, ValueError):
+            return None
+        return lease if lease.is_live(self.ledger.expiry_s) else None
+
+    def state(self) -> State:
+        """Where the trial stands. One look at one file where it is finished.
+
+        An attempt that died without recording a failure leaves the trial "planned": it is to be run.
+        """
+        if self._exists("finished.json"):
+            return "finished"
+        attempt = self._newest_attempt()
+        if attempt == 0:
+            return "planned"
+        if self._exists(f"failed-{attempt:04d}.json"):
+            return "failed"
+        return "planned" if self._live_lease(attempt) is None else "running"
+
+    def spec(self) -> str | None:
+        """The spec's JSON as it was claimed; None before the first claim."""
+        try:
+            return self._read("spec.json").decode()
+        except FileNotFoundError:
+            return None
+
+    def created_ms(self) -> int:
+        """When the trial was first claimed, in milliseconds since 1970; the same for all its attempts.
+
+        Raises:
+            ValueError: If it was never claimed.
+        """
+        document = self._read_json("created.json")
+        if document is None:
+            raise ValueError(f"trial {self.trial_id} of {self.ledger.sweep} must be claimed before it has a time")
+        return document["created_ms"]
+
+    def finished(self) -> Finished | None:
+        """What the trial ended with; None while it has not."""
+        document = self._read_json("finished.json")
+        if document is None:
+            return None
+        return Finished(**{name: value for name, value in document.items() if name != "sha256"})
+
+    def failure(self) -> str | None:
+        """The traceback of the newest attempt, if that failed and the trial did not finish."""
+        if self._exists("finished.json"):
+            return None
+        document = self._read_json(f"failed-{self._newest_attempt():04d}.json")
+        return None if document is None else document["traceback"]
+
+    def _committed(self) -> tuple[Cursor, Finished | None]:
+        """The attempt that readers read and its number of whole segments."""
+        finished = self.finished()
+        if finished is not None:
+            return Cursor(finished.attempt, finished.segments), finished
+        attempt, number = self._newest_attempt(), 0
+        names = set(self.ledger.storage.list(self._path("measurements"))) if attempt else set()
+        while f"{attempt:04d}-{number + 1:04d}.jsonl" in names:
+            number += 1
+        return Cursor(attempt, number), None
+
+    def measurements(self, after: Cursor = START) -> tuple[list[Json], Cursor]:
+        """Measurements committed since a cursor, in the order they were appended.
+
+        Where a newer attempt has taken over since, all of its measurements are new: a trial is deterministic
+        and its points carry derived timestamps, so that sending them again changes nothing.
+
+        Returns:
+            The measurements, and the cursor to ask with next.
+        """
+        end, _ = self._committed()
+        start = after.segment if after.attempt == end.attempt else 0
+        numbers = range(start + 1, end.segment + 1)
+        lines = b"".join(self._read(_segment("measurements", end.attempt, number)) for number in numbers)
+        return [json.loads(line) for line in lines.splitlines()], end
+
+    def tokens(self) -> pa.Table:
+        """All per-token records in the order of appending; a table without columns if there are none."""
+        return self._table("tokens")
+
+    def strings(self) -> pa.Table:
+        """All per-string records in the order of appending; a table without columns if there are none."""
+        return self._table("strings")
+
+    def _table(self, kind: str) -> pa.Table:
+        end, finished = self._committed()
+        paths = [_segment(kind, end.attempt, number) for number in range(1, end.segment + 1)]
+        if finished is None:
+            present = {f"{kind}/{name}" for name in self.ledger.storage.list(self._path(kind))}
+        else:
+            present = set(finished.files)
+        tables = [pq.ParquetFile(pa.BufferReader(self._read(path))).read() for path in paths if path in present]
+        # A later segment may have columns that an earlier one lacks.
+        return pa.concat_tables(tables, promote_options="default") if tables else pa.table({})
+
+    def verify(self) -> list[str]:
+        """Compare a finished trial with its digests.
+
+        Returns:
+            A sentence for each file that does not match; none if all do, or if the trial is not finished.
+        """
+        try:
+            document, finished = self._read_json("finished.json"), self.finished()
+        except (TypeError, ValueError) as error:
+            return [f"finished.json of trial {self.trial_id} cannot be read: {error}"]
+        if document is None or finished is None:
+            return []
+        found = [] if document == _sealed(finished) else ["finished.json does not match its own digest"]
+        found += [f"{name} {how}" for name, how in self._differences(finished.files)]
+        numbers = range(1, finished.segments + 1)
+        names = [_segment("measurements", finished.attempt, number) for number in numbers]
+        missing = [name for name in names if not self._exists(name)]
+        found += [f"{name} is missing" for name in missing]
+        if not missing and _digest(b"".join(map(self._read, names))) != finished.measurements_sha256:
+            found.append(f"{', '.join(names)} together do not match their digest")
+        extra = _segment("measurements", finished.attempt, finished.segments + 1)
+        found += [f"{extra} was added after the end"] if self._exists(extra) else []
+        return [f"trial {self.trial_id}: {sentence}" for sentence in found]
+
+    def _differences(self, digests: dict[str, str]) -> Iterator[tuple[str, str]]:
+        for name, digest in digests.items():
+            try:
+                if _digest(self._read(name)) != digest:
+                    yield name, "does not match its digest"
+            except FileNotFoundError:
+                yield name, "is missing"
+
+    def note(self, name: str, document: Json) -> None:
+        """Keep a small fact beside the truth, in place of what the name held before. It needs no claim."""
+        self._replace(f"notes/{_file_name(name, 'the name of a note')}.json", _encode(document, f"note {name}"))
+
+    def noted(self, name: str) -> Json | None:
+        """What was noted last under a name; None if nothing was."""
+        return self._read_json(f"notes/{_file_name(name, 'the name of a note')}.json")
+
+    def claim(self, spec_json: str, launch: str) -> "Attempt":
+        """Take the trial in order to run it, from nobody, from a dead holder, or from the launch itself.
+
+        Enter the attempt at once (`with folder.claim(...) as attempt:`): it is renewed only while entered.
+
+        Args:
+            spec_json: The spec as the canonical JSON that the trial id hashes; kept as it was first given.
+            launch: Names the launch, unique to one `run`. A retry within it takes over even a live lease.
+
+        Raises:
+            Busy: If another launch holds it.
+            AlreadyFinished: If there is nothing left to do.
+            ValueError: If the folder belongs to another spec.
+            StorageError: If the storage cannot be written.
+        """
+        spec = spec_json.encode()
+        if self.spec() not in (None, spec_json):
+            raise ValueError(
+                f"{self._path('spec.json')} must hold the spec of trial {self.trial_id}, but holds another: "
+                "it was edited, or two versions of the code write one spec differently; move the folder away"
+            )
+        lease = self._take_lease(launch)
+        if self._exists("finished.json"):
+            # Its last holder finished between our look and its release.
+            self._release(lease)
+            raise self._already_finished()
+        created = _encode({"created_ms": int(time.time() * 1000)}, "created.json")
+        for name, data in (("spec.json", spec), ("created.json", created)):
+            if not self._exists(name):
+                with contextlib.suppress(FileExistsError):
+                    self._write_new(name, data)
+        files = {name: _digest(self._read(name)) for name in ("spec.json", "created.json")}
+        return Attempt(self, lease, files)
+
+    def _take_lease(self, launch: str) -> Lease:
+        while True:
+            if self._exists("finished.json"):
+                raise self._already_finished()
+            newest = self._newest_attempt()
+            holder = self._live_lease(newest)
+            if holder is not None and holder.launch != launch:
+                raise self._busy(holder)
+            lease = Lease.of_this_process(launch, newest + 1)
+            try:
+                self._write_new(_lease_file(lease), _encode(asdict(lease), "a lease"))
+            except FileExistsError:
+                continue  # somebody was faster: look who
+            return lease
+
+    def _release(self, lease: Lease) -> None:
+        released = replace(lease, released_s=time.time())
+        with contextlib.suppress(OSError):  # it expires by itself
+            self._replace(_lease_file(lease), _encode(asdict(released), "a lease"), durable=False)
+
+    def _already_finished(self) -> AlreadyFinished:
+        return AlreadyFinished(f"trial {self.trial_id} of {self.ledger.sweep} is finished")
+
+    def _busy(self, holder: Lease) -> Busy:
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder.claimed_s))
+        return Busy(
+            f"trial {self.trial_id} of {self.ledger.sweep} is held by launch {holder.launch} (attempt "
+            f"{holder.attempt}, process {holder.pid} on {holder.host}) since {since}, renewed "
+            f"{time.time() - holder.renewed_s:.0f} s ago; it is free when that ends, or "
+            f"{self.ledger.expiry_s:g} s after its last renewal"
+        )
+
+
+def _lease_file(lease: Lease) -> str:
+    return f"leases/{lease.attempt:04d}.json"
+
+
+def _sealed(finished: Finished) -> Json:
+    """The document of finished.json: what it says, and the digest of that."""
+    document = asdict(finished)
+    return {**document, "sha256": _digest(_encode(document, "the summary of a trial"))}
+
+
+class Attempt:
+    """The right to write one trial, made by `TrialFolder.claim`; while entered, a thread renews its lease.
+
+    Leaving releases the lease and records nothing: an attempt that was neither finished nor failed is one
+    that was interrupted. Every write raises `Superseded` once a newer attempt exists. One thread writes.
+
+    Attributes:
+        number: Which attempt at the trial this is, from 1.
+    """
+
+    def __init__(self, folder: TrialFolder, lease: Lease, files: dict[str, str]):
+        self.folder = folder
+        self.number = lease.attempt
+        self._lease = lease
+        self._files = files
+        self._num_segments = 0
+        self._measurements_hash = hashlib.sha256()
+        self._is_over = False
+        self._stop = threading.Event()
+        self._renewer = threading.Thread(target=self._renew, name=f"lease-{folder.trial_id}", daemon=True)
+
+    def __enter__(self) -> "Attempt":
+        self._renewer.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._renewer.join()
+        self.folder._release(self._lease)
+
+    def _renew(self) -> None:
+        while not self._stop.wait(self.folder.ledger.renewal_s):
+            self._lease = replace(self._lease, renewed_s=time.time())
+            data = _encode(asdict(self._lease), "a lease")
+            with contextlib.suppress(OSError):  # the storage may come back before the lease expires
+                # Not durable: a sync can wait longer than a lease lives, behind a large checkpoint.
+                self.folder._replace(_lease_file(self._lease), data, durable=False)
+
+    def _check(self) -> None:
+        if self._is_over:
+            raise RuntimeError(f"attempt {self.number} at trial {self.folder.trial_id} is over: claim the trial anew")
+        # Attempts are numbered without gaps, so that one look is enough.
+        if self.folder._exists(f"leases/{self.number + 1:04d}.json"):
+            raise self._superseded("a newer attempt has taken over")
+
+    def _superseded(self, why: str) -> Superseded:
+        return Superseded(
+            f"attempt {self.number} at trial {self.folder.trial_id} may write no more: {why}; stop it here"
+        )
+
+    def append(
+        self, measurements: Sequence[Json], tokens: pa.Table | None = None, strings: pa.Table | None = None
+    ) -> None:
+        """Commit one segment: all of it becomes visible to readers at once, or nothing.
+
+        Each call writes a file for each part, so gather many epochs before it. After an error the same
+        segment can be appended again.
+
+        Args:
+            measurements: JSON objects with finite numbers; a number that is missing is left out.
+            tokens: Per-token records that belong to them.
+            strings: Per-string records that belong to them.
+
+        Raises:
+            ValueError: If a measurement is no JSON, or holds nan or infinity.
+            Superseded: If a newer attempt exists.
+            StorageError: If the storage cannot be written.
+        """
+        lines = [_encode(line, f"measurement {index}") + b"\n" for index, line in enumerate(measurements)]
+        tables = {kind: table for kind, table in (("tokens", tokens), ("strings", strings)) if table is not None}
+        if not lines and not tables:
+            return
+        self._check()
+        number = self._num_segments + 1
+        files = {}
+        for kind, table in tables.items():
+            path, data = _segment(kind, self.number, number), _parquet(table)
+            self.folder._replace(path, data)
+            files[path] = _digest(data)
+        if tables:
+            self._check()  # large tables take a while
+        self.folder._replace(_segment("measurements", self.number, number), b"".join(lines))
+        self._num_segments = number
+        self._files |= files
+        self._measurements_hash.update(b"".join(lines))
+
+    def keep_weights(self, epoch: int, weights: Mapping[str, ndarray]) -> None:
+        """Keep the weights of an epoch as `weights/<attempt>-<epoch>.safetensors`.
+
+        Raises:
+            Superseded, StorageError: As `append` does.
+        """
+        self._check()
+        path, data = f"weights/{self.number:04d}-{epoch:06d}.safetensors", save_safetensors(dict(weights))
+        self.folder._replace(path, data)
+        self._files[path] = _digest(data)
+
+    def finish(self, summary: Json) -> None:
+        """Declare what was appended the trial's result.
+
+        Args:
+            summary: What is to be known of the whole trial without reading its segments; JSON as in `append`.
+
+        Raises:
+            ValueError, Superseded, StorageError: As `append` does.
+        """
+        finished = Finished(
+            attempt=self.number,
+            segments=self._num_segments,
+            finished_ms=int(time.time() * 1000),
+            measurements_sha256=self._measurements_hash.hexdigest(),
+            files=self._files,
+            summary=summary,
+        )
+        self._conclude("finished.json", _sealed(finished))
+
+    def fail(self, traceback: str) -> None:
+        """Record that the attempt failed, and why. The trial may be claimed again.
+
+        Raises:
+            Superseded, StorageError: As `append` does.
+        """
+        failed_ms = int(time.time() * 1000)
+        document = {"attempt": self.number, "failed_ms": failed_ms, "traceback": traceback}
+        self._conclude(f"failed-{self.number:04d}.json", document)
+
+    def _conclude(self, name: str, document: Json) -> None:
+        data = _encode(document, name)
+        self._check()
+        try:
+            self.folder._write_new(name, data)
+        except FileExistsError as error:
+            raise self._superseded(f"{name} was written by another") from error
+        self._is_over = True

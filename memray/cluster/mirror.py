@@ -1,0 +1,135 @@
+"""Keeps MLflow up with a running sweep, from one thread of the driver that no trial waits for."""
+
+import contextlib
+import os
+import subprocess
+import threading
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from memray.cluster.ledger import Ledger
+from memray.sweep import Sweep
+
+# Seconds between two looks for something to send, and between two attempts at a server that is away.
+INTERVAL_S = 1.0
+RETRY_S = 10.0
+
+
+def default_tracking_uri(storage: str) -> str:
+    """`MLFLOW_TRACKING_URI`, or an SQLite file in the storage.
+
+    Raises:
+        ValueError: If neither can be: SQLite needs a local folder.
+    """
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    if "://" in storage:
+        raise ValueError(
+            f"SQLite needs a local folder, but the storage is {storage}; name a tracking server with --tracking-uri or "
+            "MLFLOW_TRACKING_URI"
+        )
+    return f"sqlite:///{Path(storage).absolute() / 'mlflow.db'}"
+
+
+class Mirror:
+    """Sends trials as they advance, and everything that is left at the end.
+
+    Args:
+        tracking_uri: Of MLflow. It is first contacted from the thread, so that a launch does not wait for it.
+        write_figures: Writes the sweep's figures and tables into a folder.
+    """
+
+    def __init__(self, sweep: Sweep, ledger: Ledger, tracking_uri: str, write_figures: Callable[[Path], None]) -> None:
+        self.sweep = sweep
+        self.ledger = ledger
+        self.uri = tracking_uri
+        self.error: Exception | None = None
+        self._write_figures = write_figures
+        self._tracker = None
+        self._dirty: set[str] = set()
+        self._wake = threading.Event()
+        self._is_over = False
+        self._thread = threading.Thread(target=self._run, name="memray-mirror", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def touch(self, trial_id: str) -> None:
+        """Says that a trial has something new."""
+        self._dirty.add(trial_id)
+        self._wake.set()
+
+    def _connected(self):
+        if self._tracker is None:
+            from memray.cluster.tracking import Tracker
+
+            self._tracker = Tracker(self.sweep, self.ledger, self.uri, tags=code_tags())
+        return self._tracker
+
+    def _run(self) -> None:
+        while not self._is_over:
+            try:
+                tracker = self._connected()
+                while self._dirty and not self._is_over:
+                    trial_id = self._dirty.pop()
+                    try:
+                        tracker.send(self.sweep.trial(trial_id))
+                    except Exception:
+                        self._dirty.add(trial_id)
+                        raise
+                self.error = None
+            except Exception as error:  # whatever the server says, the ledger holds the truth and training goes on
+                self.error = error
+                self._wait(RETRY_S)
+            self._wait(INTERVAL_S)
+
+    def _wait(self, seconds: float) -> None:
+        if not self._is_over:
+            self._wake.wait(seconds)
+            self._wake.clear()
+
+    def finish(self, *, failed: int = 0) -> int:
+        """Sends all that is left, and returns the number of finished trials that MLflow still lacks.
+
+        What kept them from being sent is then in `error`.
+        """
+        from memray.cluster.tracking import TRACKING_ERRORS
+
+        self._is_over = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.error = None
+        try:
+            tracker = self._connected()
+            for trial in self.sweep.trials:
+                tracker.send(trial)
+            tracker.send_cells()
+            tracker.close(self._write_figures, failed=failed)
+        except TRACKING_ERRORS as error:
+            self.error = error
+        finished = [trial for trial in self.sweep.trials if self.ledger.trial(trial.trial_id()).state() == "finished"]
+        notes = [self.ledger.trial(trial.trial_id()).noted("mlflow") or {} for trial in finished]
+        return sum(not (note.get("complete") and note.get("uri") == self.uri) for note in notes)
+
+    @property
+    def page(self) -> str | None:
+        """The experiment's number in MLflow; None if the server was never reached."""
+        return None if self._tracker is None else self._tracker.experiment_id
+
+
+def code_tags() -> dict[str, str]:
+    """The versions that numbers depend on: of this project's code, and of what it stands on."""
+    tags = {}
+    for package in ("memray", "torch", "transformers", "ray", "mlflow", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            tags[f"version.{package}"] = version(package)
+    commit = os.environ.get("MEMRAY_GIT_COMMIT") or _git_commit()
+    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).parents[2]
+    found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None

@@ -1,0 +1,350 @@
+"""MLflow as a view of the ledger: sent after the fact, sent again without effect, rebuilt when it is lost.
+
+One experiment a sweep, one parent run, one child run a trial, and one child run a cell, because MLflow cannot
+average seeds. A point's timestamp derives from the trial's first claim and its epoch, so that MLflow's own key of a
+metric row makes a second sending a no-op. Creating a run has no such key: it is looked up by tag first, by the one
+writer of a launch, and its id is kept in the trial's folder.
+
+Nothing here trains, and nothing that trains waits for it.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Set before the import: two retries instead of minutes of them, and no word to anybody.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+from mlflow.entities import Metric, Param, Run, RunTag, ViewType
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from memray.cluster.ledger import START, Cursor, Ledger, TrialFolder
+from memray.measures.phases import DURATIONS
+from memray.measures.statistics import censored_median, median_interval
+from memray.spec import TrialSpec
+from memray.sweep import Sweep
+
+# MLflow's own limits for one call.
+METRICS_PER_CALL = 1000
+PARAMS_PER_CALL = 100
+TRACKING_ERRORS = (MlflowException, OSError)
+
+
+class Tracker:
+    """The one writer of a sweep's experiment.
+
+    Args:
+        tags: Set on every trial's run, e.g. the git commit and the versions of packages.
+
+    Raises:
+        MlflowException, OSError: If the server cannot be reached (as does every method).
+    """
+
+    def __init__(
+        self, sweep: Sweep, ledger: Ledger, tracking_uri: str, *, tags: Mapping[str, str] | None = None
+    ) -> None:
+        self.sweep = sweep
+        self.ledger = ledger
+        self.uri = tracking_uri
+        self.tags = dict(tags or {})
+        if tracking_uri.startswith("sqlite:///"):
+            Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        self.client = MlflowClient(tracking_uri)
+        self.experiment_id = self._experiment()
+        self.runs = self._existing_runs()
+        self.parent_id = self._parent()
+        self.cursors: dict[str, Cursor] = {}
+
+    def _experiment(self) -> str:
+        found = self.client.get_experiment_by_name(self.sweep.name)
+        if found is not None and found.lifecycle_stage == "active":
+            return found.experiment_id
+        # With SQLite the artifacts stand beside the database; a server decides for itself.
+        location = None
+        if self.uri.startswith("sqlite:///"):
+            location = (Path(self.uri.removeprefix("sqlite:///")).parent / "mlartifacts" / self.sweep.name).as_uri()
+        tags = {"mlflow.note.content": self.sweep.question}
+        try:
+            return self.client.create_experiment(self.sweep.name, artifact_location=location, tags=tags)
+        except MlflowException:
+            found = self.client.get_experiment_by_name(self.sweep.name)
+            if found is None or found.lifecycle_stage != "active":
+                raise
+            return found.experiment_id
+
+    def _existing_runs(self) -> dict[tuple[str, str], Run]:
+        """Runs by (kind, key), where the key is the trial's, the cell's or the sweep's."""
+        runs: dict[tuple[str, str], Run] = {}
+        token: str | None = None
+        while True:
+            page = self.client.search_runs([self.experiment_id], run_view_type=ViewType.ACTIVE_ONLY, max_results=1000,
+                                           page_token=token)  # fmt: skip
+            for run in page:
+                tags = run.data.tags
+                key = tags.get("memray.trial_id") or tags.get("memray.cell_id") or self.sweep.name
+                runs.setdefault((tags.get("memray.kind", ""), key), run)
+            token = page.token
+            if not token:
+                return runs
+
+    def _run_id(self, kind: str, key: str, name: str, tags: Mapping[str, str], created_ms: int | None = None) -> str:
+        """The run of that key, created only if the look-up found none."""
+        run = self.runs.get((kind, key))
+        if run is None:
+            all_tags = {"memray.kind": kind, **tags}
+            run = self.client.create_run(self.experiment_id, start_time=created_ms, tags=all_tags, run_name=name)
+            self.runs[kind, key] = run
+        return run.info.run_id
+
+    def _parent(self) -> str:
+        return self._run_id("sweep", self.sweep.name, self.sweep.name, {"mlflow.note.content": self.sweep.question})
+
+    # --- trials --------------------------------------------------------------------------------------------
+
+    def send(self, trial: TrialSpec) -> bool:
+        """Sends what the folder of a trial holds and the server lacks; True once nothing more can come."""
+        folder = self.ledger.trial(trial.trial_id())
+        sent = folder.noted("mlflow") or {}
+        is_known = sent.get("uri") == self.uri and ("trial", trial.trial_id()) in self.runs
+        if is_known and sent.get("complete"):
+            return True
+        state = folder.state()
+        if state == "planned" and folder.spec() is None:
+            return False
+        run_id = self._run_id(
+            "trial",
+            trial.trial_id(),
+            trial_name(trial, self.sweep.varying()),
+            {
+                "memray.trial_id": trial.trial_id(),
+                "memray.cell_of": trial.cell_id(),
+                "mlflow.parentRunId": self.parent_id,
+                **self.tags,
+            },
+            folder.created_ms(),
+        )
+        if not is_known:
+            self._log_params(run_id, trial.params())
+            folder.note("mlflow", {"uri": self.uri, "run_id": run_id})
+        self._send_points(run_id, folder)
+        if state == "finished":
+            self._send_tables(run_id, folder)
+            self._close(run_id, folder)
+            folder.note("mlflow", {"uri": self.uri, "run_id": run_id, "complete": True})
+            return True
+        if state == "failed":
+            self.client.set_tag(run_id, "memray.failure", (folder.failure() or "")[-4000:])
+            self.client.set_terminated(run_id, "FAILED")
+        return False
+
+    def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        entities = [Param(name, str(value)) for name, value in params.items()]
+        for begin in range(0, len(entities), PARAMS_PER_CALL):
+            self.client.log_batch(run_id, params=entities[begin : begin + PARAMS_PER_CALL])
+
+    def _send_points(self, run_id: str, folder: TrialFolder) -> None:
+        cursor = self.cursors.get(folder.trial_id, START)
+        measurements, end = folder.measurements(cursor)
+        self._log_points(run_id, points(measurements, folder.created_ms()))
+        self.cursors[folder.trial_id] = end
+
+    def _log_points(self, run_id: str, metrics: Sequence[Metric]) -> None:
+        for begin in range(0, len(metrics), METRICS_PER_CALL):
+            self.client.log_batch(run_id, metrics=metrics[begin : begin + METRICS_PER_CALL])
+
+    def _send_tables(self, run_id: str, folder: TrialFolder) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            for name, table in (("tokens", folder.tokens()), ("strings", folder.strings())):
+                path = Path(scratch) / f"{name}.parquet"
+                pq.write_table(table, path, compression="zstd")
+                self.client.log_artifact(run_id, str(path))
+
+    def _close(self, run_id: str, folder: TrialFolder) -> None:
+        finished = folder.finished()
+        assert finished is not None
+        tags = {
+            "memray.measurements_sha256": finished.measurements_sha256,
+            "memray.attempt": str(finished.attempt),
+            **{f"memray.{key}": _tag(value) for key, value in finished.summary.items()},
+        }
+        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        self.client.set_terminated(run_id, "FINISHED", end_time=finished.finished_ms)
+
+    # --- cells ---------------------------------------------------------------------------------------------
+
+    def send_cells(self) -> None:
+        """One run a cell of which all replicates are finished: medians over its trials, epoch by epoch.
+
+        A cell that has gained a replicate is another cell run: points cannot be taken back, so the old run goes.
+        """
+        for cell_id, trials in self.sweep.cells().items():
+            folders = [self.ledger.trial(trial.trial_id()) for trial in trials]
+            finished = [folder.finished() for folder in folders]
+            if not all(finished):
+                continue
+            digests = sorted(f"{each.measurements_sha256}" for each in finished if each)
+            digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+            old = self.runs.get(("cell", cell_id))
+            if old is not None:
+                if old.data.tags.get("memray.replicates") == digest and old.info.status == "FINISHED":
+                    continue
+                self.client.delete_run(old.info.run_id)
+                del self.runs["cell", cell_id]
+            self._send_cell(cell_id, trials, folders, digest)
+
+    def _send_cell(
+        self, cell_id: str, trials: Sequence[TrialSpec], folders: Sequence[TrialFolder], digest: str
+    ) -> None:
+        created_ms = min(folder.created_ms() for folder in folders)
+        tags = {
+            "memray.cell_id": cell_id,
+            "memray.replicates": digest,
+            "mlflow.parentRunId": self.parent_id,
+            **self.tags,
+        }
+        name = "cell " + trial_name(trials[0], [name for name in self.sweep.varying() if not name.endswith("_seed")])
+        run_id = self._run_id("cell", cell_id, name, tags, created_ms)
+        params = {name: "none" if name.endswith("_seed") else value for name, value in trials[0].params().items()}
+        self._log_params(run_id, params)
+        records = [folder.measurements()[0] for folder in folders]
+        self._log_points(run_id, points(cell_measurements(records), created_ms))
+        self.client.set_terminated(run_id, "FINISHED", end_time=created_ms)
+
+    # --- the parent ----------------------------------------------------------------------------------------
+
+    def close(self, write_figures: Callable[[Path], None], *, failed: int) -> None:
+        """Writes the sweep's figures and table to the parent run, unless they are there for these very results."""
+        finished = [self.ledger.trial(trial.trial_id()).finished() for trial in self.sweep.trials]
+        digests = [each.measurements_sha256 if each else "" for each in finished]
+        digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+        parent = self.client.get_run(self.parent_id)
+        if parent.data.tags.get("memray.results") != digest:
+            with tempfile.TemporaryDirectory() as scratch:
+                write_figures(Path(scratch))
+                self.client.log_artifacts(self.parent_id, scratch)
+            num_finished = sum(each is not None for each in finished)
+            tags = {"memray.results": digest, "memray.finished_trials": str(num_finished),
+                    "memray.trials": str(len(finished))}  # fmt: skip
+            self.client.log_batch(self.parent_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        status = "FAILED" if failed else "FINISHED"
+        if parent.info.status != status:
+            self.client.set_terminated(self.parent_id, status)
+
+    def lag(self, trials: Iterable[TrialSpec]) -> int:
+        """How many finished trials the server does not hold completely."""
+        return sum(not (self.ledger.trial(trial.trial_id()).noted("mlflow") or {}).get("complete") for trial in trials)
+
+
+def trial_name(trial: TrialSpec, varying: Sequence[str]) -> str:
+    """What tells a trial from the others of its sweep, for people."""
+    params = trial.params()
+    return " ".join(f"{name.rpartition('.')[2]}={params[name]}" for name in varying) or trial.trial_id()
+
+
+def points(measurements: Iterable[Mapping[str, Any]], created_ms: int) -> list[Metric]:
+    """The metric rows of some measurements: one second an epoch after the trial's first claim."""
+    return [
+        Metric(key, value, created_ms + 1000 * each["epoch"], each["epoch"])
+        for each in measurements
+        for key, value in each["metrics"].items()
+    ]
+
+
+def cell_measurements(replicates: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Median over replicates by epoch and key, with `/low` and `/high` (see `median_interval`) and their counts.
+
+    A phase that some replicates never reached counts as infinitely late: where the median itself is censored,
+    the key is absent and the number of censored replicates says why. A curve is drawn as far as all replicates go.
+    """
+    by_epoch: dict[int, list[Mapping[str, float]]] = {}
+    for records in replicates:
+        for each in records:
+            by_epoch.setdefault(each["epoch"], []).append(each["metrics"])
+    merged = []
+    for epoch in sorted(by_epoch):
+        present = by_epoch[epoch]
+        metrics: dict[str, float] = {}
+        if len(present) == len(replicates):
+            for key in dict.fromkeys(key for each in present for key in each):
+                metrics |= _over_replicates(key, np.array([each.get(key, np.nan) for each in present]))
+        merged.append({"epoch": epoch, "metrics": metrics})
+    last = [records[-1]["metrics"] for records in replicates if records]
+    if merged:
+        merged[-1]["metrics"] = merged[-1]["metrics"] | _last_of_all(last)
+        merged[-1]["metrics"] |= {"cell/replicates": float(len(replicates)), **_censored(last)}
+    return merged
+
+
+def _over_replicates(key: str, values: np.ndarray) -> dict[str, float]:
+    low, high = median_interval(values)
+    found = {key: censored_median(values), f"{key}/low": low, f"{key}/high": high}
+    return {name: float(value) for name, value in found.items() if np.isfinite(value)}
+
+
+def _last_of_all(last: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The phases: they stand at each replicate's own last epoch, which `stop_when` may have moved."""
+    keys = dict.fromkeys(key for each in last for key in each if key.startswith("phase/"))
+    merged: dict[str, float] = {}
+    for key in keys:
+        merged |= _over_replicates(key, np.array([each.get(key, np.nan) for each in last]))
+    return merged
+
+
+def _censored(last: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {f"{key}/censored": float(sum(key not in each for each in last)) for key in DURATIONS}
+
+
+def _tag(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def results(sweep: Sweep, *, storage: str | None = None, tracking_uri: str | None = None) -> pd.DataFrame:
+    """What a sweep has measured: one row a trial and epoch, params and metrics as columns.
+
+    Args:
+        storage: Where the ledger is; `MEMRAY_STORAGE` or `./runs` if not given. Its finished trials are read.
+        tracking_uri: Read MLflow instead, where the ledger is out of reach.
+    """
+    if tracking_uri is not None:
+        return _results_from_mlflow(sweep, tracking_uri)
+    ledger = Ledger(storage or os.environ.get("MEMRAY_STORAGE", "runs"), sweep.name)
+    rows = []
+    for trial in sweep.trials:
+        folder = ledger.trial(trial.trial_id())
+        if folder.finished() is None:
+            continue
+        named = {"trial_id": trial.trial_id(), "cell_id": trial.cell_id(), **trial.params()}
+        rows += [named | {"epoch": each["epoch"], **each["metrics"]} for each in folder.measurements()[0]]
+    return pd.DataFrame(rows)
+
+
+def _results_from_mlflow(sweep: Sweep, tracking_uri: str) -> pd.DataFrame:
+    client = MlflowClient(tracking_uri)
+    experiment = client.get_experiment_by_name(sweep.name)
+    if experiment is None:
+        raise ValueError(f"no experiment {sweep.name!r} at {tracking_uri}; run the sweep, or name another tracking URI")
+    wanted = {trial.trial_id(): trial for trial in sweep.trials}
+    rows = []
+    runs = client.search_runs([experiment.experiment_id], "tags.`memray.kind` = 'trial'", max_results=50_000)
+    for run in runs:
+        trial = wanted.get(run.data.tags.get("memray.trial_id", ""))
+        if trial is None or run.info.status != "FINISHED":
+            continue
+        epochs: dict[int, dict[str, float]] = {}
+        for key in run.data.metrics:
+            for point in client.get_metric_history(run.info.run_id, key):
+                epochs.setdefault(point.step, {})[key] = point.value
+        named = {"trial_id": trial.trial_id(), "cell_id": trial.cell_id(), **trial.params()}
+        rows += [named | {"epoch": epoch, **epochs[epoch]} for epoch in sorted(epochs)]
+    return pd.DataFrame(rows)

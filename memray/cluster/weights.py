@@ -1,0 +1,40 @@
+"""Base weights, read once and handed to every trial of a cluster through Ray's object store.
+
+An actor owns them, because objects die with their owner and a trial's actor may die early. numpy arrays are read by
+every process of a node without a copy.
+"""
+
+from typing import Any
+
+import ray
+from numpy import ndarray
+
+from memray.finetune import as_numpy
+from memray.models import load_model
+from memray.spec import ModelSpec
+
+
+class WeightsOwner:
+    """Loads the weights of a model when they are first asked for, and keeps them."""
+
+    def __init__(self) -> None:
+        self._references: dict[str, Any] = {}
+
+    def reference(self, model_json: str) -> list[Any]:
+        """A reference to the weights by name (in a list: a bare one would be resolved, and copied, on the way)."""
+        if model_json not in self._references:
+            model = load_model(ModelSpec.model_validate_json(model_json), seed=0)
+            self._references[model_json] = ray.put({name: as_numpy(each) for name, each in model.named_parameters()})
+        return [self._references[model_json]]
+
+
+def start_weights_owner() -> Any:
+    """The actor, which lives as long as its handle or the launch that made it. It waits most of the time: no CPU."""
+    return ray.remote(num_cpus=0, max_restarts=3, max_task_retries=3)(WeightsOwner).remote()
+
+
+def fetch(owner: Any, model: ModelSpec) -> dict[str, ndarray]:
+    """The weights of a pretrained model, before any adapter; read-only arrays in shared memory."""
+    bare = model.model_copy(update={"lora": None, "dropout": 0.0})
+    (reference,) = ray.get(owner.reference.remote(bare.model_dump_json()))
+    return ray.get(reference)

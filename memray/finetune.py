@@ -1,0 +1,269 @@
+"""Fine-tuning over an Engine, measured while it trains.
+
+Where an epoch is one optimiser step, the scores of epoch e are read off the forward pass that begins step
+e + 1: the weights are the same, so nothing is computed twice. The loop knows nothing of measures or of where
+scores go.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor, nn
+
+from memray.encoding import Batch
+from memray.scoring import (
+    AlphabetIds,
+    LogitColumns,
+    TokenScores,
+    body_and_head,
+    chunks,
+    collect,
+    score,
+    score_logits,
+    target_states,
+)
+from memray.spec import TrainingSpec
+
+# Strings a scoring pass; a constant, because the batch size moves the last bits of a score.
+TOKENS_PER_SCORING_PASS = 4096
+
+Stop = Callable[[TokenScores], bool]
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """The seam between the loop and whatever computes a step, on one device or on many.
+
+    Collective calls are the engine's business alone: every method is called by the loop on every rank.
+    """
+
+    def step(self, batch: Batch, learning_rate: float, stop: Stop | None = None) -> TokenScores:
+        """Scores of the batch under the weights as they are, then one optimiser step on its mean loss.
+
+        If `stop` says so of the scores, the weights stay as they are.
+        """
+        ...
+
+    def score(self, batch: Batch) -> TokenScores:
+        """Scores of the batch under the weights as they are."""
+        ...
+
+    def snapshot(self) -> dict[str, ndarray]:
+        """The weights by name, in the type that the forward pass uses; bf16 as the int16 of the same bits."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimiser and generator states: what a resumed trial needs to end bit-identical."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def learning_rate(step: int, num_steps: int, training: TrainingSpec) -> float:
+    """The rate of optimiser step `step` (from 0) of `num_steps`.
+
+    The linear schedule starts at the peak and would reach 0 one step after the last.
+    """
+    assert training.learning_rate is not None  # filled in by the spec's validator
+    if step < training.warmup_steps:
+        return training.learning_rate * (step + 1) / training.warmup_steps
+    done = (step - training.warmup_steps) / max(1, num_steps - training.warmup_steps)
+    shape = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[training.schedule]
+    return training.learning_rate * shape
+
+
+def score_in_passes(engine: Engine, batch: Batch) -> TokenScores:
+    """Scores of any number of strings, a bounded number of tokens at a time."""
+    size = max(1, TOKENS_PER_SCORING_PASS // batch.ids.shape[1])
+    rows = np.arange(len(batch.ids))
+    return TokenScores.concatenate([engine.score(batch.of(rows[k : k + size])) for k in range(0, len(rows), size)])
+
+
+def finetune(
+    engine: Engine,
+    batch: Batch,
+    training: TrainingSpec,
+    *,
+    order_seed: int,
+    stop: Stop | None = None,
+    dropout: bool = False,
+    before_epoch: Callable[[int], None] = lambda epoch: None,
+) -> Iterator[tuple[int, TokenScores]]:
+    """Trains on all strings of the batch and yields (epoch, scores of all strings), epoch 0 before training.
+
+    `before_epoch(e)` is called while the weights are those of epoch e: the place for probes. When the iterator
+    ends, the weights are those of the last epoch that it yielded.
+
+    Args:
+        stop: Told the scores of each epoch, once and in order; True makes that epoch the last.
+        dropout: Whether the model drops anything out while it trains; then a training forward measures nothing.
+    """
+    assert training.epochs is not None
+    num_strings = len(batch.ids)
+    strings_per_step = training.strings_per_step or num_strings
+    steps_per_epoch = num_strings // strings_per_step
+    num_steps = steps_per_epoch * training.epochs
+    reads_training_forward = steps_per_epoch == 1 and not dropout
+    for epoch in range(training.epochs):
+        before_epoch(epoch)
+        if reads_training_forward:
+            verdict = Verdict(stop)
+            yield epoch, engine.step(batch, learning_rate(epoch, num_steps, training), verdict)
+            if verdict.is_last:
+                return
+            continue
+        scores = score_in_passes(engine, batch)
+        yield epoch, scores
+        if stop and stop(scores):
+            return
+        order = np.random.default_rng(np.random.SeedSequence([order_seed, epoch])).permutation(num_strings)
+        for k in range(steps_per_epoch):
+            rows = order[k * strings_per_step : (k + 1) * strings_per_step]
+            rate = learning_rate(epoch * steps_per_epoch + k, num_steps, training)
+            engine.step(batch.of(np.sort(rows)), rate)
+    before_epoch(training.epochs)
+    yield training.epochs, score_in_passes(engine, batch)
+
+
+class Verdict:
+    """Remembers what `stop` said, because the engine asks it in the middle of a step."""
+
+    def __init__(self, stop: Stop | None) -> None:
+        self.stop = stop
+        self.is_last = False
+
+    def __call__(self, scores: TokenScores) -> bool:
+        self.is_last = self.stop is not None and self.stop(scores)
+        return self.is_last
+
+
+def optimiser(parameters: list[nn.Parameter], training: TrainingSpec) -> torch.optim.Optimizer:
+    """The optimiser of the recipe; its rate is set before each step."""
+    if training.optimiser == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=0.0, momentum=training.momentum, weight_decay=training.weight_decay, fused=True
+        )
+    return torch.optim.AdamW(
+        parameters,
+        lr=0.0,
+        betas=(training.beta1, training.beta2),
+        eps=training.eps,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+
+
+class TorchEngine:
+    """One device, plain torch: fp32, or bf16 with fp32 master weights."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        alphabet: AlphabetIds,
+        training: TrainingSpec,
+        device: torch.device,
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.alphabet = alphabet.to(device)
+        self.training = training
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.masters = self.weights
+        if precision == "bf16":
+            self.masters = [nn.Parameter(weight.detach().clone()) for weight in self.weights]
+            for weight in model.parameters():
+                # Parameters alone: `model.to(bfloat16)` would round the rotary frequencies for good.
+                weight.data = weight.data.bfloat16()
+        self.optimiser = optimiser(self.masters, training)
+        model.train()
+        if training.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+    def step(self, batch: Batch, learning_rate: float, stop: Stop | None = None) -> TokenScores:
+        size = self.training.strings_per_forward or len(batch.ids)
+        num_targets = int(batch.is_target.sum())
+        rows = np.arange(len(batch.ids))
+        parts = [batch.of(rows[begin : begin + size]) for begin in range(0, len(rows), size)]
+        scores = TokenScores.concatenate([self._backward(part, num_targets) for part in parts])
+        if stop is None or not stop(scores):
+            self._update(learning_rate)
+        self.model.zero_grad(set_to_none=True)
+        return scores
+
+    def _backward(self, batch: Batch, num_targets: int) -> TokenScores:
+        """Adds the gradients of one forward pass; the head's are taken chunk by chunk, before the body's."""
+        batch = batch.to(self.device)
+        body, head = body_and_head(self.model)
+        states, target_ids = target_states(body(input_ids=batch.ids).last_hidden_state, batch)
+        leaf = states.detach().requires_grad_()
+        columns: list[LogitColumns] = []
+        for part in chunks(len(target_ids), int(head.weight.shape[0])):  # type: ignore[union-attr]
+            logits = head(leaf[part]).float()
+            loss = nn.functional.cross_entropy(logits, target_ids[part], reduction="sum") / num_targets
+            loss.backward()
+            with torch.no_grad():
+                columns.append(score_logits(logits.detach(), target_ids[part], self.alphabet))
+        states.backward(leaf.grad)
+        return collect(columns, batch)
+
+    def _update(self, learning_rate: float) -> None:
+        if self.masters is not self.weights:
+            for master, weight in zip(self.masters, self.weights, strict=True):
+                master.grad = None if weight.grad is None else weight.grad.float()
+        if self.training.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.masters, self.training.clip_norm)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate
+        self.optimiser.step()
+        if self.masters is not self.weights:
+            with torch.no_grad():
+                for master, weight in zip(self.masters, self.weights, strict=True):
+                    weight.copy_(master)
+                    master.grad = None
+
+    def score(self, batch: Batch) -> TokenScores:
+        self.model.eval()
+        scores = score(self.model, batch.to(self.device), self.alphabet)
+        self.model.train()
+        return scores
+
+    def snapshot(self) -> dict[str, ndarray]:
+        return {name: as_numpy(weight) for name, weight in self.model.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {
+            "model": self.model.state_dict(),
+            "masters": [each.detach() for each in self.masters] if self.masters is not self.weights else [],
+            "optimiser": self.optimiser.state_dict(),
+            "generator": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["cuda_generator"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        with torch.no_grad():
+            for master, saved in zip(self.masters, state["masters"], strict=False):
+                master.copy_(saved)
+        self.optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["generator"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_generator"], self.device)
+
+
+def as_numpy(weight: Tensor) -> ndarray:
+    """A copy on the CPU; numpy has no bf16, so its bits travel as int16."""
+    weight = weight.detach().cpu()
+    return (weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight).numpy().copy()
+
+
+def as_tensor(array: ndarray, dtype: torch.dtype) -> Tensor:
+    """The inverse of :func:`as_numpy`; shares memory with a writable array and copies any other."""
+    tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+    return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 and tensor.dtype == torch.int16 else tensor

@@ -1,0 +1,174 @@
+"""What a sweep has shown. Here: cell by cell, on which the table and the figures beside this file stand.
+
+Everything in this package reads a sweep and the frame of its results (one row a trial and epoch), and knows neither
+where these were kept nor how they were computed. The unit is the replicate. A level that was never reached is
+censored, which is not a missing value: it counts as later than every number, and is shown as beyond the last epoch
+that was looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from numpy import ndarray
+
+from memray.measures.phases import DURATIONS
+from memray.measures.statistics import censored_median, median_interval
+from memray.spec import TrialSpec
+from memray.sweep import Sweep
+
+SPEED = "phase/epochs_to_robust_50"
+SEEDS = ("string_seed", "model_seed", "order_seed")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a sweep, and the replicates of it that have results.
+
+    Attributes:
+        trials: The cell's trials, which differ in seeds alone.
+        last: The last epoch of each replicate with results, in the order of the trials, and `is_defined`: whether
+            the robust measure was defined at any epoch. Where it never was (a string of one symbol), the phases are
+            not late but undefined.
+    """
+
+    trials: tuple[TrialSpec, ...]
+    last: pd.DataFrame
+
+    @property
+    def spec(self) -> TrialSpec:
+        """What all trials of the cell share, with the seeds of the first."""
+        return self.trials[0]
+
+    def values(self, key: str) -> Float[ndarray, " replicates"]:
+        """The last value of each replicate for which the key is defined; nan only where a phase is censored."""
+        values = column(self.last, key)
+        return values[self.last["is_defined"]] if key in DURATIONS else values[~np.isnan(values)]
+
+    def last_epochs(self) -> Float[ndarray, " replicates"]:
+        """How far each replicate was followed of which `values` gives the phases."""
+        return column(self.last, "epoch")[self.last["is_defined"]]
+
+    def centre(self, key: str) -> Centre:
+        """The median of a key over the replicates, with its interval."""
+        values = self.values(key)
+        reached = np.where(np.isnan(values), self.last_epochs(), values) if key in DURATIONS else values
+        low, high = median_interval(values)
+        least_low, least_high = median_interval(reached)
+        return Centre(
+            numbers=(censored_median(values), low, high),
+            at_least=(censored_median(reached), least_low, least_high),
+            num_replicates=len(values),
+            decimals=1 if key in DURATIONS else 2,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Centre:
+    """A median over replicates, and the low and the high end of its interval.
+
+    Attributes:
+        numbers: The three. A censored median is nan, a censored end infinite; all are nan without replicates.
+        at_least: The same three with the last epoch in place of every censored value: what is exceeded for certain.
+            (Of two replicates, one at epoch 20 and one censored at 200, the median is known to exceed 110.)
+        num_replicates: Replicates for which the key is defined.
+        decimals: Decimals that are shown.
+    """
+
+    numbers: tuple[float, float, float]
+    at_least: tuple[float, float, float]
+    num_replicates: int
+    decimals: int
+
+    def __str__(self) -> str:
+        if self.num_replicates == 0:
+            return "–"
+        median, low, high = (
+            _decimal(number, self.decimals) if math.isfinite(number) else f">{_decimal(least, self.decimals)}"
+            for number, least in zip(self.numbers, self.at_least, strict=True)
+        )
+        return median if self.num_replicates == 1 else f"{median} [{low},{high}]"
+
+
+def cells_of(sweep: Sweep, frame: pd.DataFrame) -> dict[str, Cell]:
+    """The cells of a sweep by id, in its order, also those without any result."""
+    ordered = frame.sort_values("epoch", kind="stable")
+    last = ordered.groupby("trial_id").tail(1).set_index("trial_id")
+    robust = pd.Series(column(ordered, "recall/robust"), index=ordered["trial_id"])
+    last = last.assign(is_defined=robust.notna().groupby(level=0).any())
+    cells = {}
+    for cell_id, trials in sweep.cells().items():
+        present = [trial.trial_id() for trial in trials if trial.trial_id() in last.index]
+        cells[cell_id] = Cell(trials, last.loc[present])
+    return cells
+
+
+def column(rows: pd.DataFrame, key: str) -> Float[ndarray, " rows"]:
+    """The values of a metric, nan where it is missing; it has no column at all when no trial ever had it."""
+    return rows[key].to_numpy(dtype=np.float64) if key in rows else np.full(len(rows), np.nan)
+
+
+def spec_values(trial: TrialSpec) -> dict[str, Any]:
+    """The flattened spec as it was written, seeds apart.
+
+    `params()` states the nominal entropy of a uniform source, which follows from its alphabet: two uniform alphabets
+    differ in one field, not in two. Here a uniform source has the entropy None.
+    """
+    values = trial.params() | {"strings.entropy_bits": trial.strings.entropy_bits}
+    return {name: value for name, value in values.items() if name not in SEEDS}
+
+
+def factors(sweep: Sweep) -> tuple[str, ...]:
+    """The fields, seeds apart, that the study moves.
+
+    A field that no trial sets is none, though it may differ: a learning rate that the family table fills in comes
+    with the family.
+    """
+    values = [spec_values(trial) for trial in sweep.trials]
+    differing = [name for name in values[0] if len({each[name] for each in values}) > 1]
+    return tuple(name for name in differing if any(_is_set(trial, name) for trial in sweep.trials))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a field's value has an order; a truth value has none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def value_text(value: Any) -> str:
+    """A value of `spec_values` for people."""
+    if value is None:
+        return "uniform"  # the entropy alone can be None there
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def interval_text(counts: Sequence[int]) -> str:
+    """What the interval of a median is, for so many replicates a cell; empty where no cell has two."""
+    counts = [count for count in counts if count > 1]
+    if not counts:
+        return ""
+    if min(counts) >= 6:
+        return "interval of the median, at least 95 % by order statistics"
+    # Order statistics of fewer than six replicates cannot cover the median with 95 %.
+    coverage = 1 - 2 ** (1 - min(counts))
+    return f"range of the replicates, which for {min(counts)} covers the true median with probability {coverage:.2g}"
+
+
+def _is_set(trial: TrialSpec, name: str) -> bool:
+    part: Any = trial
+    for each in name.split("."):
+        if part is None or each not in part.model_fields_set:
+            return False
+        part = getattr(part, each)
+    return True
+
+
+def _decimal(number: float, decimals: int) -> str:
+    text = f"{number:.{decimals}f}"
+    # An epoch is whole; only a median lies between two of them.
+    return (text.removesuffix(".0") if decimals == 1 else text).replace("-", "−")

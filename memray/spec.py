@@ -1,0 +1,367 @@
+"""What a trial *is*: one frozen, validated value, and the hash that names it.
+
+A :class:`TrialSpec` says everything that is trained. What is merely looked at (:class:`ProbesSpec`) travels
+with it but has an identity of its own, so that a new probe on a finished sweep need not train anything again.
+
+The hash covers canonical JSON *without the fields that hold their default*, so that a field added later
+re-runs nothing; for the same reason defaults never change (a golden test holds some ids). Whatever the
+family table supplies (learning rate, BOS rule, epochs) is written into the spec when it is made: an id then
+says what was done, even if the table is corrected one day.
+
+This module knows nothing of torch, of transformers or of a cluster.
+"""
+
+import hashlib
+import json
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from memray import families
+from memray.accelerators import accelerator
+from memray.strings import IidSource, Source, max_alphabet_size
+
+Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+# The held-out strings and whatever the probe actors do are looked at here, and at the last epoch.
+PROBE_EPOCHS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300)
+
+# Measures of the trained strings alone. `recall/robust` is not among them: it needs the held-out strings, so
+# that what is looked at would decide what is trained.
+STOP_METRICS = ("recall/token_accuracy", "recall/corrected_accuracy", "recall/memorised_bits", "recall/uncorrected")
+
+
+class Part(BaseModel):
+    """A frozen part of a spec; unknown fields are refused, so that a typing mistake is never a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class StringsSpec(Part):
+    """Random strings: how many, how long, over which alphabet, from which source (protocol, section 1).
+
+    Attributes:
+        kind: The source.
+        alphabet: A built-in alphabet, or "vocabulary" for random ordinary token ids.
+        alphabet_size: Number of symbols, at least 2; the first ones of the alphabet.
+        entropy_bits: Target entropy of one symbol; None means uniform, log2(alphabet_size).
+        skew: How a source below the uniform entropy is skewed.
+        length: Symbols a string.
+        num_strings: Strings trained on together.
+    """
+
+    kind: Literal["iid"] = "iid"
+    alphabet: Literal["latin", "latin_upper", "digits", "greek", "cyrillic", "cjk", "vocabulary"] = "latin"
+    alphabet_size: Annotated[int, Field(ge=2)] = 26
+    entropy_bits: float | None = None
+    skew: Literal["one-token", "geometric", "zipf"] = "one-token"
+    length: Annotated[int, Field(ge=2)] = 1024
+    num_strings: Positive = 1
+
+    @model_validator(mode="after")
+    def _source_exists(self) -> "StringsSpec":
+        largest = max_alphabet_size(self.alphabet)
+        if largest is not None and self.alphabet_size > largest:
+            raise ValueError(
+                f"alphabet {self.alphabet!r} has {largest} symbols, but alphabet_size is {self.alphabet_size}; "
+                "take fewer symbols or another alphabet"
+            )
+        uniform_bits = math.log2(self.alphabet_size)
+        if self.entropy_bits is not None and abs(self.entropy_bits - uniform_bits) < 1e-9:
+            object.__setattr__(self, "entropy_bits", None)  # one source, one id
+        self.source()
+        return self
+
+    def source(self) -> Source:
+        """The source that these strings are drawn from."""
+        return IidSource(alphabet_size=self.alphabet_size, entropy_bits=self.entropy_bits, skew=self.skew)
+
+
+class LoraSpec(Part):
+    """Low-rank adapters instead of full fine-tuning (through peft)."""
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: tuple[str, ...] | None = None
+
+
+class ModelSpec(Part):
+    """Which model, and from which weights it starts.
+
+    Attributes:
+        family: One of the family table.
+        size: A public size of the family, or "tiny": its own config class at 4 layers x 128 with a character
+            tokenizer, which needs no download.
+        pretrained: Start from the published weights; otherwise from random ones of the same config.
+        path: A directory written by `save_pretrained`, which then stands for the hub repository.
+        revision: A hub revision, e.g. a Pythia checkpoint such as "step1000"; None is the pinned one.
+        bos: Whether a BOS token precedes each string; None takes the family's rule. With BOS every symbol is
+            scored, without it all but the first.
+        dropout: Set in every dropout field of the config.
+        lora: Adapters; None is full fine-tuning.
+    """
+
+    family: str = "pythia"
+    size: str = "tiny"
+    pretrained: bool = False
+    path: str | None = None
+    revision: str | None = None
+    bos: bool | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora: LoraSpec | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> "ModelSpec":
+        size = families.size(self.family, self.size)
+        if self.path is None and size.hub_id is None and (self.pretrained or self.revision is not None):
+            raise ValueError(
+                f"model size {self.size!r} of {self.family} is built from a config and has no published weights, but "
+                f"pretrained={self.pretrained}, revision={self.revision!r}; name a public size or a path"
+            )
+        if self.path is not None and self.revision is not None:
+            raise ValueError(
+                f"a revision belongs to the hub, but path={self.path!r} is a directory; leave out revision or path"
+            )
+        if self.path is None and self.revision is None and size.revision is not None:
+            object.__setattr__(self, "revision", size.revision)
+        if self.bos is None:
+            object.__setattr__(self, "bos", families.family(self.family).bos)
+        return self
+
+
+class StopWhen(Part):
+    """Ends training at the first epoch that closes `epochs` consecutive ones with `metric >= at_least`."""
+
+    metric: Literal[STOP_METRICS] = "recall/token_accuracy"  # type: ignore[valid-type]
+    at_least: float = 1.0
+    epochs: Positive = 1
+
+
+class TrainingSpec(Part):
+    """The recipe (protocol, section 2).
+
+    Attributes:
+        epochs: None means 100 for pretrained and 300 for untrained models.
+        strings_per_step: Strings an optimiser step; 0 means all of them.
+        learning_rate: Peak rate; None takes the family's, or 1e-3 at the untrained tiny size.
+        warmup_steps: Optimiser steps of linear warm-up before the schedule begins.
+        clip_norm: Largest gradient norm; 0 switches clipping off.
+        strings_per_forward: Gradient accumulation: strings a forward pass inside one optimiser step; 0 means
+            all of the step.
+        keep_weights: Which weights stay in the ledger.
+    """
+
+    epochs: Positive | None = None
+    strings_per_step: Annotated[int, Field(ge=0)] = 1
+    strings_per_forward: Annotated[int, Field(ge=0)] = 0
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    schedule: Literal["linear", "constant", "cosine"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    gradient_checkpointing: bool = False
+    stop_when: StopWhen | None = None
+    keep_weights: Literal["none", "final", "probe_epochs"] = "none"
+
+
+class ComputeSpec(Part):
+    """The device a trial runs on: part of its identity, because it decides the last bits of every number.
+
+    Attributes:
+        engine: Who computes a training step.
+        accelerator: A row of the accelerator table; "cpu" is the machine the trial runs on.
+        threads: CPU threads, set in every process that computes; never read from the machine.
+        precision: None means fp32 on the CPU, bf16 with fp32 master weights elsewhere.
+        device_share: Share of one accelerator that a trial asks for; it places work, so it is not hashed.
+    """
+
+    engine: Literal["torch"] = "torch"
+    accelerator: str = "cpu"
+    threads: Positive = 1
+    precision: Literal["fp32", "bf16"] | None = None
+    device_share: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, json_schema_extra={"hashed": False})
+
+    @field_validator("accelerator")
+    @classmethod
+    def _in_table(cls, name: str) -> str:
+        return accelerator(name).name
+
+    @model_validator(mode="after")
+    def _resolved(self) -> "ComputeSpec":
+        if self.precision is None:
+            object.__setattr__(self, "precision", "fp32" if self.accelerator == "cpu" else "bf16")
+        return self
+
+
+class ProbesSpec(Part):
+    """What is looked at while a trial trains.
+
+    Attributes:
+        epochs: Probe epochs; the last epoch always is one.
+        num_held_out: Fresh strings of the same source that measure guessing.
+        compared_strings: The trial's aggregates are taken over its first this many strings (0: all), so that
+            cells with different numbers of strings are compared on the strings that they share.
+    """
+
+    epochs: tuple[Annotated[int, Field(ge=0)], ...] = PROBE_EPOCHS
+    num_held_out: Annotated[int, Field(ge=0)] = 10
+    compared_strings: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("epochs")
+    @classmethod
+    def _ascending(cls, epochs: tuple[int, ...]) -> tuple[int, ...]:
+        if list(epochs) != sorted(set(epochs)):
+            raise ValueError(f"probe epochs must ascend without repetition, but got {list(epochs)}")
+        return epochs
+
+    def probes_id(self) -> str:
+        """The identity of what is looked at: 12 hexadecimal digits."""
+        return _digest(_canonical(_identity(self)))
+
+
+class TrialSpec(Part):
+    """One grid cell and replicate: everything that is trained, and the probes that look at it."""
+
+    strings: StringsSpec = StringsSpec()
+    model: ModelSpec = ModelSpec()
+    training: TrainingSpec = TrainingSpec()
+    compute: ComputeSpec = ComputeSpec()
+    probes: ProbesSpec = ProbesSpec()
+    string_seed: Seed = 0
+    model_seed: Seed = 0
+    order_seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _whole(self) -> "TrialSpec":
+        self._resolve_training()
+        self._check_length()
+        self._check_steps()
+        if self.probes.compared_strings > self.strings.num_strings:
+            raise ValueError(
+                f"probes.compared_strings must be at most strings.num_strings, but got {self.probes.compared_strings} "
+                f"> {self.strings.num_strings}; compare fewer strings"
+            )
+        return self
+
+    def _resolve_training(self) -> None:
+        training, model = self.training, self.model
+        untrained_tiny = model.size == "tiny" and not model.pretrained
+        rate = families.TINY_LEARNING_RATE if untrained_tiny else families.family(model.family).learning_rate
+        missing = {"epochs": 100 if model.pretrained else 300, "learning_rate": rate}
+        filled = {name: value for name, value in missing.items() if getattr(training, name) is None}
+        # Not through the constructor: a filled-in field must not count as set, or `vary` would carry one
+        # family's learning rate over to another.
+        training = training.model_copy()
+        for name, value in filled.items():
+            object.__setattr__(training, name, value)
+        object.__setattr__(self, "training", training)
+
+    def _check_length(self) -> None:
+        if self.model.path is not None:
+            return  # the directory's own config says; models.py checks it
+        needed = self.strings.length + bool(self.model.bos)
+        longest = families.size(self.model.family, self.model.size).max_positions
+        if needed > longest:
+            raise ValueError(
+                f"{self.model.family} {self.model.size} reads at most {longest} tokens, but strings.length="
+                f"{self.strings.length} with bos={self.model.bos} needs {needed}; shorten the strings or take another model"
+            )
+
+    def _check_steps(self) -> None:
+        strings, step = self.strings.num_strings, self.training.strings_per_step or self.strings.num_strings
+        if strings % step:
+            raise ValueError(
+                f"training.strings_per_step must divide strings.num_strings, so that every step of an epoch is the same "
+                f"size, but got {step} and {strings}; take a divisor, or 0 for all strings"
+            )
+        forward = self.training.strings_per_forward
+        if forward and step % forward:
+            raise ValueError(
+                f"training.strings_per_forward must divide the {step} strings of a step, but got {forward}; "
+                "take a divisor, or 0 for one forward pass a step"
+            )
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs at most; `stop_when` may end training earlier."""
+        assert self.training.epochs is not None  # filled in by the validator
+        return self.training.epochs
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps an epoch."""
+        return self.strings.num_strings // (self.training.strings_per_step or self.strings.num_strings)
+
+    def canonical_json(self) -> str:
+        """What the trial id hashes: the fields of what is trained that differ from their defaults."""
+        identity = _identity(self)
+        identity.pop("probes", None)
+        return _canonical(identity)
+
+    def trial_id(self) -> str:
+        """The identity of what is trained: 12 hexadecimal digits of a SHA-256."""
+        return _digest(self.canonical_json())
+
+    def cell_id(self) -> str:
+        """The identity of the cell: of the trial without its seeds, which are replicates."""
+        identity = _identity(self)
+        for seed in ("probes", "string_seed", "model_seed", "order_seed"):
+            identity.pop(seed, None)
+        return _digest(_canonical(identity))
+
+    def params(self) -> dict[str, str | int | float | bool]:
+        """The flattened spec: the same keys for every trial, numbers bare, "none" where nothing applies.
+
+        The nominal entropy stands where the spec says "uniform", because a chart has no use for a missing one.
+        """
+        flat = _flatten(self.model_dump(mode="json", exclude={"probes": True, "compute": {"device_share"}}))
+        flat["strings.entropy_bits"] = round(self.strings.source().nominal_entropy_bits, 6)
+        for name, part in (("model.lora", LoraSpec), ("training.stop_when", StopWhen)):
+            if flat.pop(name, "") == "none":
+                flat.update({f"{name}.{key}": "none" for key in part.model_fields})
+        return dict(sorted(flat.items()))
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            flat |= _flatten(item, f"{prefix}{key}.")
+        elif isinstance(item, list):
+            flat[prefix + key] = ",".join(map(str, item))
+        else:
+            flat[prefix + key] = "none" if item is None else item
+    return flat
+
+
+def _identity(part: Part) -> dict[str, Any]:
+    """The hashed fields that differ from their default, as plain JSON values."""
+    identity: dict[str, Any] = {}
+    for name, field in type(part).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("hashed") is False:
+            continue
+        value = getattr(part, name)
+        if isinstance(value, Part):
+            # An optional part that is set says something even when all its own fields hold their defaults.
+            if (inner := _identity(value)) or field.default is None:
+                identity[name] = inner
+        elif value != field.default:
+            identity[name] = value
+    return identity
+
+
+def _canonical(identity: dict[str, Any]) -> str:
+    return json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _digest(canonical: str) -> str:
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]

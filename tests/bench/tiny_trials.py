@@ -1,0 +1,16 @@
+"""The trials that the benchmark times: four alphabets of the tiny Pythia, with the default probes.
+
+They are worth nothing as a study; every side of a comparison reads them from here.
+"""
+
+from memray.spec import StringsSpec, TrainingSpec, TrialSpec
+from memray.sweep import Sweep, replicates, vary
+
+
+def sweep(*, seeds: int = 5, length: int = 256, epochs: int = 100) -> Sweep:
+    base = TrialSpec(strings=StringsSpec(length=length), training=TrainingSpec(epochs=epochs))
+    return Sweep(
+        vary(base, {"strings.alphabet_size": alphabet_size} | seed)
+        for alphabet_size in (2, 7, 13, 26)
+        for seed in replicates(base, seeds)
+    )

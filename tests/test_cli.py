@@ -1,0 +1,159 @@
+"""Bad input dies in `plan`, on a laptop, with exit code 2 and a sentence that says what to change."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from memray.cli import app
+
+HEAD = '''"""A question?"""
+
+from memray.spec import *
+from memray.sweep import *
+
+'''
+
+# (the body of a study, what its refusal must say)
+BAD_STUDIES = {
+    "an unknown family": ("model=ModelSpec(family='pythai')", "did you mean 'pythia'? families: gpt2, llama2, opt, phi, pythia"),
+    "an unknown size": ("model=ModelSpec(size='7b')", "unknown size of pythia '7b'"),
+    "an entropy above log2 of the alphabet": ("strings=StringsSpec(alphabet_size=4, entropy_bits=2.5)", "log2 = 2.0"),
+    "no entropy at all": ("strings=StringsSpec(entropy_bits=0.0)", "0 < entropy_bits <= log2(alphabet_size) must hold"),
+    "an alphabet of one symbol": ("strings=StringsSpec(alphabet_size=1)", "greater than or equal to 2, but got 1"),
+    "more symbols than the alphabet has": ("strings=StringsSpec(alphabet='digits', alphabet_size=26)", "has 10 symbols"),
+    "an unknown alphabet": ("strings=StringsSpec(alphabet='runes')", "'latin', 'latin_upper', 'digits'"),
+    "a string longer than the context": ("strings=StringsSpec(length=4096)", "reads at most 2048 tokens"),
+    "a BOS that no longer fits": ("model=ModelSpec(family='gpt2', size='124m', bos=True)", "needs 1025"),
+    "an unknown field": ("training=TrainingSpec(epoch=3)", "study.py: epoch: no such field"),
+    "an unknown skew": ("strings=StringsSpec(entropy_bits=1.0, skew='one_token')", "'one-token', 'geometric' or 'zipf'"),
+    "no epochs": ("training=TrainingSpec(epochs=0)", "greater than 0, but got 0"),
+    "a negative rate": ("training=TrainingSpec(learning_rate=-1e-3)", "greater than 0, but got -0.001"),
+    "a step that does not divide the strings": (
+        "strings=StringsSpec(num_strings=4), training=TrainingSpec(strings_per_step=3)", "must divide strings.num_strings"),
+    "a forward pass that does not divide the step": (
+        "strings=StringsSpec(num_strings=4), training=TrainingSpec(strings_per_step=4, strings_per_forward=3)", "take a divisor"),
+    "published weights of a size that has none": ("model=ModelSpec(pretrained=True)", "has no published weights"),
+    "a criterion that the held-out strings would decide": (
+        "training=TrainingSpec(stop_when={'metric': 'recall/robust'})", "'recall/token_accuracy'"),
+    "an unknown accelerator": ("compute=ComputeSpec(accelerator='h20')", "did you mean 'h200'?"),
+    "a model that cannot fit": (
+        "model=ModelSpec(size='12b'), compute=ComputeSpec(accelerator='t4')", "a trial must fit its device"),
+    "a directory that holds no model": ("model=ModelSpec(path='nowhere')", "must be a directory written by save_pretrained"),
+    "more compared strings than there are": ("probes=ProbesSpec(compared_strings=2)", "compare fewer strings"),
+    "probe epochs out of order": ("probes=ProbesSpec(epochs=(3, 1))", "must ascend"),
+}  # fmt: skip
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def study(folder: Path, text: str) -> str:
+    path = folder / "study.py"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("what", BAD_STUDIES)
+def test_a_bad_spec_dies_in_plan_with_a_sentence(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields, sentence = BAD_STUDIES[what]
+    monkeypatch.chdir(tmp_path)
+    path = study(tmp_path, HEAD + f"def sweep(*, scale='tiny', seeds=1):\n    return Sweep([TrialSpec({fields})])\n")
+    done = run("plan", path)
+    assert done.exit_code == 2, done.output
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_symbols_that_split_die_in_plan(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from memray.models import load_model
+    from memray.spec import ModelSpec
+
+    # A byte-level tokenizer that has merged nothing: every Greek letter is two bytes and two tokens.
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, special_tokens=[])
+    tokenizer.train_from_iterator(["abc"], trainer)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    load_model(ModelSpec(), seed=0).save_pretrained(tmp_path / "model")
+    spec = f"TrialSpec(model=ModelSpec(path={str(tmp_path / 'model')!r}), strings=StringsSpec(alphabet=a, alphabet_size=3, length=64))"
+    path = study(tmp_path, HEAD + f"def sweep(*, scale='tiny', seeds=1):\n    return Sweep([{spec} for a in ('latin', 'greek')])\n")
+    done = run("plan", path)
+    assert done.exit_code == 2
+    assert "1 of 2 trials of study cannot run" in done.stderr
+    for symbol in "αβγ":
+        assert f"'{symbol}' splits into 2 tokens" in done.stderr
+
+
+def test_all_invalid_cells_are_reported_together(tmp_path: Path) -> None:
+    path = study(tmp_path, HEAD + (
+        "def sweep(*, scale='tiny', seeds=1):\n"
+        "    return Sweep(vary(TrialSpec(), {'strings.alphabet_size': size}) for size in (1, 2, 27, 26, 30))\n"))  # fmt: skip
+    done = run("plan", path)
+    assert done.exit_code == 2
+    assert "3 of 5 cells are invalid" in done.stderr
+    assert [f"'strings.alphabet_size': {size}}}" in done.stderr for size in (1, 2, 27, 26, 30)] == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("x = 1\n", "must define a function `sweep(...) -> Sweep`"),
+        ("def sweep():\n    return 3\n", "must return a Sweep, but it returned int"),
+        ("def sweep():\n    return Sweep([])\n", "at least one trial"),
+    ],
+)
+def test_a_file_that_is_no_study_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
+    done = run("plan", study(tmp_path, HEAD + text))
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["-p", "size=3"], "has no parameter 'size'; parameters: scale, seeds, alphabet_sizes, family"),
+        (["-p", "seeds=many"], "parameter seeds"),
+        (["-p", "scale=huge"], "'paper' or 'tiny'"),
+        (["-p", "seeds"], "-p takes name=value"),
+    ],
+)
+def test_a_bad_parameter_is_refused(arguments: list[str], sentence: str) -> None:
+    done = run("plan", "sweeps/alphabet.py", *arguments)
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+
+
+def test_a_missing_file_is_refused() -> None:
+    done = run("plan", "sweeps/nothing.py")
+    assert done.exit_code == 2
+    assert "sweeps/alphabet.py" in done.stderr
+
+
+def test_a_plan_as_json_has_one_object_a_trial(tmp_path: Path) -> None:
+    done = run("plan", "sweeps/alphabet.py", "-p", "seeds=2", "--json", "--storage", str(tmp_path))
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.exit_code == 0
+    assert len({row["trial_id"] for row in rows}) == 10
+    assert {row["state"] for row in rows} == {"planned"}
+    assert all(row["flops"] > 0 and row["peak_gib"] > 0 and row["device_hours"] > 0 for row in rows)
+
+
+def test_a_plan_totals_what_is_left(tmp_path: Path) -> None:
+    done = run("plan", "sweeps/alphabet.py", "-p", "seeds=2", "--storage", str(tmp_path))
+    assert done.exit_code == 0
+    assert "10 trials in 5 cells, 10 to run" in done.stdout
+
+
+def test_an_unknown_trial_is_refused() -> None:
+    done = run("trial", "sweeps/alphabet.py", "ffffffffffff")
+    assert done.exit_code == 2
+    assert "`plan` lists the ids" in done.stderr
