@@ -8,19 +8,14 @@ import contextlib
 import json
 import logging
 import os
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from memray.cost import check_fits, cost
-from memray.spec import ModelSpec, TrialSpec
+from memray.console import err, out, plan_row, plan_table, say_where, watcher
+from memray.preflight import check, download
 from memray.sweep import Sweep, load
 
 FAILED, INVALID, UNREACHABLE = 1, 2, 3
@@ -28,10 +23,6 @@ FAILED, INVALID, UNREACHABLE = 1, 2, 3
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n\n")[0]
 )
-# A job log is no terminal, and a table cut at 80 columns helps nobody there.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
 SweepFile = Annotated[str, typer.Argument(metavar="SWEEP", help="A study file, e.g. sweeps/entropy.py")]
 Parameters = Annotated[
     list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="A parameter of the study's sweep(...)")
@@ -68,73 +59,16 @@ def _exit_codes() -> Iterator[None]:
 
 
 def _load(path: str, parameters: list[str] | None) -> Sweep:
-    """The sweep, with every cell that cannot run reported at once."""
-    pairs = dict(each.partition("=")[::2] for each in parameters or [])
+    """The sweep, with every cell and trial that cannot run reported at once."""
     if wrong := [each for each in parameters or [] if "=" not in each]:
         _leave(INVALID, f"-p takes name=value, but got {', '.join(wrong)}")
     try:
-        sweep = load(path, **pairs)
-        problems = _problems(sweep)
+        sweep = load(path, **{name: value for name, _, value in (each.partition("=") for each in parameters or [])})
+        for note in check(sweep):
+            err.print(note, markup=False)
     except ValueError as error:
         _leave(INVALID, str(error))
-    if problems:
-        lines = [f"{len(problems)} of {len(sweep.trials)} trials of {sweep.name} cannot run:"]
-        _leave(INVALID, "\n".join(lines + [f"  {trial_id}: {text}" for trial_id, text in problems.items()]))
     return sweep
-
-
-def _problems(sweep: Sweep) -> dict[str, str]:
-    """What is wrong with each trial that its spec alone does not tell: memory, and symbols that are no tokens."""
-    problems = {}
-    encodings: dict[tuple[Any, ...], str | None] = {}
-    for trial in sweep.trials:
-        model = trial.model.model_copy(update={"pretrained": False, "lora": None, "dropout": 0.0})
-        key = (model, trial.strings.alphabet, trial.strings.alphabet_size)
-        try:
-            check_fits(trial)
-            if key not in encodings:
-                encodings[key] = _encoding_problem(trial, model)
-            if problem := encodings[key]:
-                raise ValueError(problem)
-        except ValueError as error:
-            problems[trial.trial_id()] = str(error)
-    return problems
-
-
-def _encoding_problem(trial: TrialSpec, model: ModelSpec) -> str | None:
-    if model.path is None and model.size == "tiny":
-        return None  # its tokenizer has every built-in symbol
-    # Only here, because transformers takes seconds to import.
-    from memray.models import is_at_hand
-    from memray.trial import prepare
-
-    if not is_at_hand(model):
-        err.print(
-            f"{model.family} {model.size} is not downloaded yet: whether each symbol is one of its tokens will be checked "
-            "when it is",
-            markup=False,
-        )
-        return None
-    try:
-        prepare(trial)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _download(sweep: Sweep) -> None:
-    """Fetches what the hub has of the sweep's models, once, on the driver; then checks what `plan` could not."""
-    models = {trial.model for trial in sweep.trials if trial.model.path is None and trial.model.size != "tiny"}
-    if not models:
-        return
-    from memray.models import download, is_at_hand
-
-    absent = [model for model in models if not is_at_hand(model)]
-    for model in absent:
-        out.print(f"downloading {model.family} {model.size}")
-        download(model)
-    if absent and (problems := _problems(sweep)):
-        raise ValueError("\n".join(f"trial {trial_id}: {text}" for trial_id, text in problems.items()))
 
 
 def _ledger(storage: str, sweep: Sweep) -> Any:
@@ -161,12 +95,12 @@ def plan(
     with _exit_codes():
         ledger = _ledger(storage, loaded)
         states = ledger.states(trial.trial_id() for trial in loaded.trials)
-    rows = [_plan_row(trial, loaded, states[trial.trial_id()]) for trial in loaded.trials]
+    rows = [plan_row(trial, loaded, states[trial.trial_id()]) for trial in loaded.trials]
     if as_json:
         for row in rows:
             typer.echo(json.dumps(row))
         return
-    out.print(_plan_table(rows, loaded))
+    out.print(plan_table(rows, loaded))
     left = [row for row in rows if row["state"] != "finished"]
     out.print(
         f"{len(rows)} trials in {len(loaded.cells())} cells, {len(left)} to run: "
@@ -174,43 +108,6 @@ def plan(
         f"{sum(row['device_hours'] for row in left):.3g} device-hours (estimated), "
         f"at most {max(row['peak_gib'] for row in rows):.1f} GiB a device"
     )
-
-
-def _plan_row(trial: TrialSpec, sweep: Sweep, state: str) -> dict[str, Any]:
-    estimate, params = cost(trial), trial.params()
-    return {
-        "trial_id": trial.trial_id(),
-        "cell_id": trial.cell_id(),
-        "varying": {name: params[name] for name in sweep.varying()},
-        "engine": trial.compute.engine,
-        "accelerator": trial.compute.accelerator,
-        "devices": trial.compute.device_share,
-        "flops": estimate.flops,
-        "peak_gib": round(estimate.peak_gib, 3),
-        "device_hours": estimate.device_hours,
-        "state": state,
-    }
-
-
-def _plan_table(rows: list[dict[str, Any]], sweep: Sweep) -> Table:
-    table = Table(title=f"{sweep.name}: {sweep.question}", title_justify="left")
-    for name in ("trial", *(name.rpartition(".")[2] for name in sweep.varying()), "engine", "device"):
-        table.add_column(name)
-    for name in ("FLOPs", "GiB", "hours"):
-        table.add_column(name, justify="right")
-    table.add_column("state")
-    for row in rows:
-        table.add_row(
-            row["trial_id"],
-            *(str(value) for value in row["varying"].values()),
-            row["engine"],
-            row["accelerator"],
-            f"{row['flops']:.2g}",
-            f"{row['peak_gib']:.1f}",
-            f"{row['device_hours']:.2g}",
-            row["state"],
-        )
-    return table
 
 
 @app.command()
@@ -241,16 +138,17 @@ def run(
     with _exit_codes():
         ledger = _ledger(storage, loaded)
         uri = tracking_uri or default_tracking_uri(storage)
-        _download(loaded)
+        for model in download(loaded):
+            out.print(f"downloaded {model}")
         mirror = _mirror(loaded, ledger, uri, storage)
         mirror.start()
-        with _watcher(loaded, mirror) as watcher:
-            outcome = launch(loaded, ledger, watcher, address=address, max_concurrent=max_concurrent)
+        with watcher(loaded, mirror) as watching:
+            outcome = launch(loaded, ledger, watching, address=address, max_concurrent=max_concurrent)
         lag = mirror.finish(failed=len(outcome.failed))
     _show_results(loaded, storage)
     for trial_id, why in outcome.failed.items():
         err.print(f"trial {trial_id} failed: {why.strip().splitlines()[-1]}", markup=False)
-    _say_where(mirror, uri, lag, sweep, parameters, storage)
+    say_where(mirror, uri, lag, sweep, parameters, storage)
     raise typer.Exit(FAILED if outcome.failed else 0)
 
 
@@ -277,73 +175,6 @@ def _show_results(sweep: Sweep, storage: str) -> None:
     if len(frame):
         for renderable in result_table(sweep, frame):
             out.print(renderable)
-
-
-def _say_where(mirror: Any, uri: str, lag: int, sweep: str, parameters: list[str] | None, storage: str) -> None:
-    arguments = " ".join([sweep, *(f"-p {each}" for each in parameters or []), f"--storage {storage}"])
-    if lag or mirror.error is not None:
-        err.print(
-            f"MLflow at {uri} lacks {lag} finished trials ({mirror.error}); the ledger holds them. Catch up with:\n"
-            f"  python -m memray sync {arguments} --tracking-uri {uri}",
-            markup=False,
-        )
-        return
-    page = f"/#/experiments/{mirror.page}/runs?compareRunsMode=CHART"
-    if uri.startswith("sqlite"):
-        out.print(f"Compare the runs: mlflow server --backend-store-uri {uri} --host 127.0.0.1 --port 5000")
-        out.print(f"and open http://127.0.0.1:5000{page}")
-    else:
-        out.print(f"Compare the runs: {uri}{page}")
-
-
-class _Watching:
-    """Tells the person, and the mirror, how a launch goes on."""
-
-    def __init__(self, sweep: Sweep, mirror: Any, progress: Progress | None) -> None:
-        self.mirror = mirror
-        self.progress = progress
-        self.epochs = {trial.trial_id(): trial.num_epochs for trial in sweep.trials}
-        self.reached: dict[str, int] = {}
-        self.ended_trials = 0
-        self.total = 0
-        self.began_s = time.monotonic()
-
-    def began(self, trials: int, concurrency: int) -> None:
-        self.total, self.began_s = trials, time.monotonic()
-        self.says(f"{trials} trials to run, {concurrency} at a time")
-        if self.progress:
-            self.bar = self.progress.add_task("trials", total=trials)
-
-    def advanced(self, trial_id: str, epoch: int) -> None:
-        self.reached[trial_id] = epoch
-        self.mirror.touch(trial_id)
-
-    def ended(self, trial_id: str, state: str) -> None:
-        self.mirror.touch(trial_id)
-        self.ended_trials += 1
-        if self.progress:
-            self.progress.advance(self.bar)
-        elapsed = time.monotonic() - self.began_s
-        left = elapsed / self.ended_trials * (self.total - self.ended_trials)
-        if not self.progress or state == "failed":
-            self.says(
-                f"{self.ended_trials}/{self.total} {trial_id} {state}, {elapsed:.0f} s elapsed, about {left:.0f} s left"
-            )
-
-    def says(self, text: str) -> None:
-        console = self.progress.console if self.progress else out
-        console.print(text, markup=False)
-
-
-@contextlib.contextmanager
-def _watcher(sweep: Sweep, mirror: Any) -> Iterator[_Watching]:
-    if not sys.stdout.isatty():
-        yield _Watching(sweep, mirror, None)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=out) as progress:
-        yield _Watching(sweep, mirror, progress)
 
 
 @app.command()
@@ -378,7 +209,7 @@ def sync(
         states = ledger.states(trial.trial_id() for trial in loaded.trials)
         mirror = _mirror(loaded, ledger, uri, storage)
         lag = mirror.finish(failed=sum(state == "failed" for state in states.values()))
-    _say_where(mirror, uri, lag, sweep, parameters, storage)
+    say_where(mirror, uri, lag, sweep, parameters, storage)
     raise typer.Exit(UNREACHABLE if mirror.error is not None else 0)
 
 
@@ -425,8 +256,9 @@ def remeasure(
                     typer.echo(json.dumps(record))
             if records != folder.measurements()[0]:
                 num_different += 1
-                err.print(f"trial {each.trial_id()}: its records give other measures than the ledger holds", markup=False)
+                err.print(
+                    f"trial {each.trial_id()}: its records give other measures than the ledger holds", markup=False
+                )
     if not as_json:
         out.print(f"{loaded.name}: {num_finished} finished trials measured again, {num_different} differ")
     raise typer.Exit(FAILED if num_different else 0)
-

@@ -8,16 +8,24 @@ overhead a layer. Tests hold the operations to torch's own counter and the memor
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from memray import families
 from memray.accelerators import Accelerator, accelerator
 from memray.spec import ModelSpec, TrialSpec
 
-# A process with torch and transformers, before any model.
-PROCESS_GIB = 0.8
+# A process with torch and transformers, before any model: 0.43 GiB was measured with torch's wheels for the CPU, the
+# rest is for Ray's worker and for what the allocator holds back. On an accelerator, its context and kernels take
+# about as much.
+PROCESS_GIB = 0.6
 # Elements that a block keeps for its backward pass, in units of the hidden size: norms, q, k, v and their rotated
-# copies, the attention's output, twice the feed-forward width of four.
-SAVED_PER_BLOCK = 24
+# copies, the attention's output, twice the feed-forward width of four. Measured: OPT 15, Pythia 19, Llama 27, Phi and
+# GPT-2, whose activation function keeps its steps, 35.
+SAVED_PER_BLOCK = 30
+# Tokens of a scoring pass (it keeps nothing for a backward pass), and logits of a chunk, as in `finetune` and
+# `scoring`; a plan does not import them, because they import torch.
+TOKENS_PER_SCORING_PASS = 4096
+LOGITS_PER_CHUNK = 2**24
 # Copies of a chunk of fp32 logits that are alive at once: logits, log-probabilities, gradient, sort keys.
 LOGIT_COPIES = 4
 # Share of the peak rate that matrix products of this size reach.
@@ -32,7 +40,8 @@ class Shape:
 
     Attributes:
         num_parameters: All of them.
-        matrix_parameters: Those that multiply every token: the blocks and the head, not the input embedding.
+        matrix_parameters: Those that multiply every token: the matrices of the blocks and the head. The tables of
+            tokens and positions are only looked up.
     """
 
     num_layers: int
@@ -62,45 +71,54 @@ class Cost:
 
 
 def shape(model: ModelSpec) -> Shape:
-    """The shape of a model, from the family table or from the config in its directory."""
-    size = families.size(model.family, model.size)
+    """The shape of a model, from the family table or from the config in its directory.
+
+    Raises:
+        ValueError: If the directory holds no config of a model of that family.
+    """
+    family = families.family(model.family)
     if model.path is not None:
-        size = _from_directory(model, Path(model.path))
-    embedding = size.vocab_size * size.hidden_size
-    is_tied = families.family(model.family).ties_embeddings
-    return Shape(
-        size.num_layers,
-        size.hidden_size,
-        size.vocab_size,
-        size.num_parameters,
-        size.num_parameters - (0 if is_tied else embedding),
-    )
+        return _shape_in(Path(model.path), family)
+    size = families.size(model.family, model.size)
+    matrices = _block_matrices(size.num_layers, size.hidden_size, size.intermediate_size, family)
+    head = size.vocab_size * size.hidden_size
+    return Shape(size.num_layers, size.hidden_size, size.vocab_size, size.num_parameters, matrices + head)
 
 
-def _from_directory(model: ModelSpec, path: Path) -> families.Size:
+def _block_matrices(num_layers: int, hidden_size: int, intermediate_size: int, family: families.Family) -> int:
+    """Parameters of the matrices of all blocks: four of attention, and two or (gated) three of the feed-forward layer.
+
+    Whether a family is gated is read off the exact parameter count of its largest size, where everything else is small.
+    """
+    size = max(family.sizes.values(), key=lambda each: each.num_parameters)
+    embeddings = size.vocab_size * size.hidden_size * (1 if family.ties_embeddings else 2)
+    block = (size.num_parameters - embeddings) / size.num_layers
+    num_feedforward = round((block - 4 * size.hidden_size**2) / (size.hidden_size * size.intermediate_size))
+    return num_layers * hidden_size * (4 * hidden_size + num_feedforward * intermediate_size)
+
+
+def _shape_in(path: Path, family: families.Family) -> Shape:
     try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        config = dict(json.loads((path / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"model.path must be a directory written by save_pretrained, but {path} holds no readable config.json "
             f"({type(error).__name__}); save the model there, or name a family and a size"
         ) from error
-    shape = {
-        name: config[key]
-        for name, keys in families.family(model.family).config_keys.items()
-        for key in keys
-        if config.get(key) is not None
-    }
-    missing = {"num_layers", "hidden_size", "vocab_size", "max_positions"} - shape.keys()
-    if missing:
+    # The first of the keys: OPT-350m has embeddings narrower than its blocks.
+    found: dict[str, Any] = {name: config.get(keys[0]) for name, keys in family.config_keys.items()}
+    needed = ("num_layers", "hidden_size", "vocab_size", "max_positions")
+    if missing := [name for name in needed if not isinstance(found.get(name), int)]:
         raise ValueError(
-            f"model.family={model.family!r} must be the family of the model in {path}, but its config.json lacks "
-            f"{', '.join(sorted(missing))} under the names of that family; name the family that it was saved from"
+            f"model.family={family.name!r} must be the family of the model in {path}, but its config.json lacks "
+            f"{', '.join(missing)} under the names of that family; name the family that it was saved from"
         )
-    shape.setdefault("intermediate_size", 4 * shape["hidden_size"])
-    blocks = shape["num_layers"] * (4 * shape["hidden_size"] ** 2 + 2 * shape["hidden_size"] * shape["intermediate_size"])
-    embeddings = 2 * shape["vocab_size"] * shape["hidden_size"]
-    return families.Size(hub_id=None, revision=None, num_parameters=blocks + embeddings, **shape)
+    hidden_size, table = found["hidden_size"], found["vocab_size"] * found["hidden_size"]
+    intermediate_size = found.get("intermediate_size") or 4 * hidden_size  # so GPT-2 where its config says nothing
+    matrices = _block_matrices(found["num_layers"], hidden_size, intermediate_size, family)
+    is_tied = config.get("tie_word_embeddings", family.ties_embeddings)
+    tables = table * (1 if is_tied else 2) + found["max_positions"] * hidden_size  # where positions rotate, too many
+    return Shape(found["num_layers"], hidden_size, found["vocab_size"], matrices + tables, matrices + table)
 
 
 def cost(spec: TrialSpec) -> Cost:
@@ -114,15 +132,21 @@ def cost(spec: TrialSpec) -> Cost:
     backward = 2.0 if spec.model.lora is None else 1.0
     trained = epochs * spec.strings.num_strings
     step_flops = one_pass * (1 + backward + spec.training.gradient_checkpointing)
-    needs_scoring = spec.steps_per_epoch > 1 or spec.model.dropout > 0
-    scored = num_probes * spec.probes.num_held_out + spec.strings.num_strings * (epochs if needs_scoring else 1)
+    has_dropout = spec.model.dropout > 0 or (spec.model.lora is not None and spec.model.lora.dropout > 0)
+    needs_scoring = spec.steps_per_epoch > 1 or has_dropout
+    scored = num_probes * spec.probes.num_held_out + spec.strings.num_strings * (epochs + 1 if needs_scoring else 1)
     flops = trained * step_flops + scored * one_pass
     peak = device.fp32_flops if spec.compute.precision == "fp32" else device.bf16_flops
-    forwards = 3 * trained / (spec.training.strings_per_forward or spec.training.strings_per_step or 1) + scored / 8
+    forwards = 3 * trained / _strings_per_forward(spec) + scored / max(1, TOKENS_PER_SCORING_PASS // tokens)
     cores = spec.compute.threads if device.device == "cpu" else 1
     seconds = flops / (peak * cores * EFFICIENCY[device.device])
     seconds += forwards * model.num_layers * LAUNCH_S[device.device]
     return Cost(flops, _peak_gib(spec, model, device, tokens), seconds)
+
+
+def _strings_per_forward(spec: TrialSpec) -> int:
+    training = spec.training
+    return training.strings_per_forward or training.strings_per_step or spec.strings.num_strings
 
 
 def _forward_flops(model: Shape, tokens: int) -> float:
@@ -138,16 +162,18 @@ def _peak_gib(spec: TrialSpec, model: Shape, device: Accelerator, tokens: int) -
     moments = {"adamw": 8, "sgd": 4 if spec.training.momentum else 0}[spec.training.optimiser]
     masters = 0 if width == 4 else 8  # the fp32 weights and their gradients
     weights = model.num_parameters * width + trained * (width + moments + masters)
+    loaded = 4 * model.num_parameters  # fp32, whatever it is cast to
     if on_cpu:
-        weights += 4 * model.num_parameters  # the base weights that the model is reset from
-    in_step = spec.training.strings_per_step or spec.strings.num_strings
-    in_forward = tokens * (spec.training.strings_per_forward or in_step)
+        weights += loaded  # the base weights that the model is reset from
+        loaded *= 2
+        weights += width * model.num_parameters if spec.training.keep_weights != "none" else 0
+    in_forward = tokens * _strings_per_forward(spec)
     block = SAVED_PER_BLOCK * model.hidden_size * width
     saved = model.hidden_size * width * model.num_layers + block
     saved = saved if spec.training.gradient_checkpointing else block * model.num_layers
-    logits = LOGIT_COPIES * 4 * min(2**24, in_forward * model.vocab_size)
-    total = weights + in_forward * saved + logits
-    return total / 2**30 + (PROCESS_GIB if on_cpu else 0)
+    in_scoring = min(TOKENS_PER_SCORING_PASS, tokens * max(spec.strings.num_strings, spec.probes.num_held_out))
+    logits = LOGIT_COPIES * 4 * min(LOGITS_PER_CHUNK, max(in_forward, in_scoring) * model.vocab_size)
+    return max(loaded, weights + in_forward * saved + logits) / 2**30 + PROCESS_GIB
 
 
 def check_fits(spec: TrialSpec) -> None:
@@ -162,6 +188,6 @@ def check_fits(spec: TrialSpec) -> None:
     if needed > available:
         raise ValueError(
             f"a trial must fit its device, but {spec.model.family} {spec.model.size} needs about {needed:.1f} GiB and "
-            f"{device.name} offers {available:.1f} GiB; take a larger compute.accelerator, fewer strings a forward pass "
-            "(training.strings_per_forward), training.gradient_checkpointing, or a smaller model"
+            f"{device.name} offers {available:.1f} GiB; take a larger compute.accelerator, fewer strings a forward "
+            "pass (training.strings_per_forward), training.gradient_checkpointing, or a smaller model"
         )

@@ -63,7 +63,13 @@ class KnownString:
 
     @classmethod
     def of(
-        cls, string: Int[ndarray, " length"], *, source: Source, symbol_ids: Int[ndarray, " alphabet"], text: str, bos: bool
+        cls,
+        string: Int[ndarray, " length"],
+        *,
+        source: Source,
+        symbol_ids: Int[ndarray, " alphabet"],
+        text: str,
+        bos: bool,
     ) -> "KnownString":
         """With BOS every symbol is a target, without it all but the first."""
         first = 0 if bos else 1
@@ -198,13 +204,12 @@ def string_table(measurements: Sequence[Measurement]) -> pa.Table:
     rows = [row for each in measurements for row in each.strings]
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: [row.get(name) for row in rows] for name in names}
-    table = pa.table(
+    return pa.table(
         {
             name: pa.array(values, from_pandas=True, type=pa.float64() if "/" in name else None)
             for name, values in columns.items()
         }
     )
-    return table
 
 
 def read_scores(tokens: pa.Table, strings: pa.Table) -> list[tuple[int, TokenScores, TokenScores | None]]:

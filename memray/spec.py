@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from memray import families
 from memray.accelerators import accelerator
-from memray.strings import IidSource, Source, max_alphabet_size
+from memray.strings import ALPHABETS, VOCABULARY, IidSource, Source, max_alphabet_size
 
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -32,11 +32,21 @@ PROBE_EPOCHS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300)
 # that what is looked at would decide what is trained.
 STOP_METRICS = ("recall/token_accuracy", "recall/corrected_accuracy", "recall/memorised_bits", "recall/uncorrected")
 
+# What one optimiser reads of the recipe and the other does not.
+_READ_BY = {"adamw": ("beta1", "beta2", "eps"), "sgd": ("momentum",)}
+
+# MLflow takes no longer value of a param.
+_LONGEST_PARAM = 6000
+
 
 class Part(BaseModel):
     """A frozen part of a spec; unknown fields are refused, so that a typing mistake is never a default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    def canonical(self) -> "Part":
+        """The same thing in the one spelling that is hashed."""
+        return self
 
 
 class StringsSpec(Part):
@@ -46,7 +56,7 @@ class StringsSpec(Part):
         kind: The source.
         alphabet: A built-in alphabet, or "vocabulary" for random ordinary token ids.
         alphabet_size: Number of symbols, at least 2; the first ones of the alphabet.
-        entropy_bits: Target entropy of one symbol; None means uniform, log2(alphabet_size).
+        entropy_bits: Target entropy of one symbol; None means uniform, log2(alphabet_size) whatever the alphabet.
         skew: How a source below the uniform entropy is skewed.
         length: Symbols a string.
         num_strings: Strings trained on together.
@@ -68,15 +78,20 @@ class StringsSpec(Part):
                 f"alphabet {self.alphabet!r} has {largest} symbols, but alphabet_size is {self.alphabet_size}; "
                 "take fewer symbols or another alphabet"
             )
-        uniform_bits = math.log2(self.alphabet_size)
-        if self.entropy_bits is not None and abs(self.entropy_bits - uniform_bits) < 1e-9:
-            object.__setattr__(self, "entropy_bits", None)  # one source, one id
         self.source()
         return self
 
+    def canonical(self) -> "StringsSpec":
+        """A uniform source is spelled without an entropy, and without the skew that it has not."""
+        # Not in the validator: `vary` carries over what was written, and log2(2) bits are not uniform over 26 symbols.
+        if self.entropy_bits is not None and abs(self.entropy_bits - math.log2(self.alphabet_size)) > 1e-9:
+            return self
+        return self.model_copy(update={"entropy_bits": None, "skew": type(self).model_fields["skew"].default})
+
     def source(self) -> Source:
         """The source that these strings are drawn from."""
-        return IidSource(alphabet_size=self.alphabet_size, entropy_bits=self.entropy_bits, skew=self.skew)
+        spelled = self.canonical()
+        return IidSource(alphabet_size=spelled.alphabet_size, entropy_bits=spelled.entropy_bits, skew=spelled.skew)
 
 
 class LoraSpec(Part):
@@ -85,7 +100,7 @@ class LoraSpec(Part):
     rank: Positive = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: tuple[str, ...] | None = None
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
 
 
 class ModelSpec(Part):
@@ -171,6 +186,17 @@ class TrainingSpec(Part):
     stop_when: StopWhen | None = None
     keep_weights: Literal["none", "final", "probe_epochs"] = "none"
 
+    @model_validator(mode="after")
+    def _optimiser_reads_what_is_set(self) -> "TrainingSpec":
+        for optimiser, names in _READ_BY.items():
+            idle = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+            if idle and optimiser != self.optimiser:
+                raise ValueError(
+                    f"{', '.join(idle)} must keep the default under optimiser={self.optimiser!r}, which does not read "
+                    f"it; leave it out, or take optimiser={optimiser!r}"
+                )
+        return self
+
 
 class ComputeSpec(Part):
     """The device a trial runs on: part of its identity, because it decides the last bits of every number.
@@ -243,6 +269,7 @@ class TrialSpec(Part):
     def _whole(self) -> "TrialSpec":
         self._resolve_training()
         self._check_length()
+        self._check_vocabulary()
         self._check_steps()
         if self.probes.compared_strings > self.strings.num_strings:
             raise ValueError(
@@ -272,14 +299,28 @@ class TrialSpec(Part):
         if needed > longest:
             raise ValueError(
                 f"{self.model.family} {self.model.size} reads at most {longest} tokens, but strings.length="
-                f"{self.strings.length} with bos={self.model.bos} needs {needed}; shorten the strings or take another model"
+                f"{self.strings.length} with bos={self.model.bos} needs {needed}; shorten the strings or take another "
+                "model"
+            )
+
+    def _check_vocabulary(self) -> None:
+        if self.strings.alphabet != VOCABULARY or self.model.path is not None:
+            return
+        size = families.size(self.model.family, self.model.size)
+        # The character tokenizer of a tiny size has the built-in symbols, and its special tokens are no symbols. How
+        # many of a public vocabulary are special, its tokenizer says.
+        largest = sum(map(len, ALPHABETS.values())) if size.hub_id is None else size.vocab_size
+        if self.strings.alphabet_size > largest:
+            raise ValueError(
+                f"alphabet 'vocabulary' has at most the {largest} ordinary tokens of {self.model.family} "
+                f"{self.model.size}, but alphabet_size is {self.strings.alphabet_size}; lower it or take another model"
             )
 
     def _check_steps(self) -> None:
         strings, step = self.strings.num_strings, self.training.strings_per_step or self.strings.num_strings
         if strings % step:
             raise ValueError(
-                f"training.strings_per_step must divide strings.num_strings, so that every step of an epoch is the same "
+                "training.strings_per_step must divide strings.num_strings, so that every step of an epoch is the same "
                 f"size, but got {step} and {strings}; take a divisor, or 0 for all strings"
             )
         forward = self.training.strings_per_forward
@@ -320,14 +361,18 @@ class TrialSpec(Part):
     def params(self) -> dict[str, str | int | float | bool]:
         """The flattened spec: the same keys for every trial, numbers bare, "none" where nothing applies.
 
-        The nominal entropy stands where the spec says "uniform", because a chart has no use for a missing one.
+        The nominal entropy stands where the spec says "uniform", because a chart has no use for a missing one. The skew
+        stands there too, because the uniform source is the upper end of each of them.
         """
         flat = _flatten(self.model_dump(mode="json", exclude={"probes": True, "compute": {"device_share"}}))
         flat["strings.entropy_bits"] = round(self.strings.source().nominal_entropy_bits, 6)
+        for optimiser, names in _READ_BY.items():
+            if optimiser != self.training.optimiser:
+                flat.update({f"training.{name}": "none" for name in names})
         for name, part in (("model.lora", LoraSpec), ("training.stop_when", StopWhen)):
             if flat.pop(name, "") == "none":
                 flat.update({f"{name}.{key}": "none" for key in part.model_fields})
-        return dict(sorted(flat.items()))
+        return {name: _shortened(value) for name, value in sorted(flat.items())}
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -342,8 +387,16 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _shortened(value: Any) -> Any:
+    """The value, or where it is too long for a param its beginning and a digest that tells it from others."""
+    if not isinstance(value, str) or len(value) <= _LONGEST_PARAM:
+        return value
+    return f"{value[: _LONGEST_PARAM - 16]} … {_digest(value)}"
+
+
 def _identity(part: Part) -> dict[str, Any]:
     """The hashed fields that differ from their default, as plain JSON values."""
+    part = part.canonical()
     identity: dict[str, Any] = {}
     for name, field in type(part).model_fields.items():
         extra = field.json_schema_extra

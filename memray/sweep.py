@@ -5,16 +5,18 @@ A study is a file with a function `sweep(*, scale, seeds, ...) -> Sweep`. The gr
 scheduled. Scheduling is someone else's business.
 """
 
-import importlib.util
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from memray.spec import TrialSpec
 
@@ -38,12 +40,13 @@ class Sweep:
     """Distinct trials, in the order they were written.
 
     Attributes:
-        trials: Duplicates are dropped: arms of a study may share a cell.
+        trials: Duplicates are dropped (arms of a study may share a cell), if they are looked at in the same way.
         name: Names the MLflow experiment and the ledger's folder; the file's stem when loaded from one.
         question: The first paragraph of the study's docstring.
 
     Raises:
-        SweepError: If there is no trial, or any cell is invalid; lists all that are.
+        SweepError: If there is no trial, or any cell is invalid (lists all that are), or one trial is to be probed or
+            placed in two ways.
     """
 
     trials: tuple[TrialSpec, ...]
@@ -52,12 +55,21 @@ class Sweep:
 
     def __init__(self, trials: Iterable[TrialSpec | InvalidCell], name: str = "sweep", question: str = "") -> None:
         cells = list(trials)
+        if strange := {type(cell).__name__ for cell in cells if not isinstance(cell, TrialSpec | InvalidCell)}:
+            raise SweepError(
+                f"a sweep must be made of TrialSpecs or of what `vary` returns, but got {', '.join(sorted(strange))}"
+            )
         if invalid := [cell for cell in cells if isinstance(cell, InvalidCell)]:
             lines = [f"  {dict(cell.changes)}: {cell.reason}" for cell in invalid]
             raise SweepError("\n".join([f"{len(invalid)} of {len(cells)} cells are invalid:", *lines]))
         if not cells:
-            raise SweepError("a sweep must have at least one trial, but this one has none; check the ranges of its grid")
-        distinct = {cell.trial_id(): cell for cell in cells if isinstance(cell, TrialSpec)}
+            raise SweepError(
+                "a sweep must have at least one trial, but this one has none; check the ranges of its grid"
+            )
+        distinct: dict[str, TrialSpec] = {}
+        for cell in cells:
+            assert isinstance(cell, TrialSpec)
+            _check_same_look(distinct.setdefault(cell.trial_id(), cell), cell)
         object.__setattr__(self, "trials", tuple(distinct.values()))
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "question", question)
@@ -84,9 +96,20 @@ class Sweep:
         found = [trial for trial in self.trials if trial.trial_id().startswith(trial_id)]
         if len(found) != 1:
             raise ValueError(
-                f"{len(found)} trials of sweep {self.name!r} have an id that begins with {trial_id!r}; `plan` lists the ids"
+                f"a trial id must name one trial of sweep {self.name!r}, but {len(found)} of them begin with "
+                f"{trial_id!r}; `plan` lists the ids"
             )
         return found[0]
+
+
+def _check_same_look(one: TrialSpec, other: TrialSpec) -> None:
+    """Of two cells that are one trial, only one would be heard on what no trial id hashes."""
+    if one.probes != other.probes or one.compute.device_share != other.compute.device_share:
+        raise SweepError(
+            f"cells that are one trial must agree on probes and compute.device_share, but trial {one.trial_id()} has "
+            f"({one.probes}), share {one.compute.device_share} and ({other.probes}), share "
+            f"{other.compute.device_share}; give them the same"
+        )
 
 
 def vary(base: TrialSpec, changes: Mapping[str, Any]) -> TrialSpec | InvalidCell:
@@ -102,7 +125,8 @@ def vary(base: TrialSpec, changes: Mapping[str, Any]) -> TrialSpec | InvalidCell
             if not isinstance(target.get(part), dict):
                 target[part] = {}
             target = target[part]
-        target[last] = value
+        # As a dict, so that a later change can reach into it.
+        target[last] = value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
     try:
         return TrialSpec(**fields)
     except ValidationError as error:
@@ -112,7 +136,7 @@ def vary(base: TrialSpec, changes: Mapping[str, Any]) -> TrialSpec | InvalidCell
 def replicates(base: TrialSpec, seeds: int) -> list[dict[str, int]]:
     """The seeds that each replicate of a cell moves: the string's, and the model's where it is untrained."""
     moved = ["string_seed"] if base.model.pretrained else ["string_seed", "model_seed"]
-    return [{name: seed for name in moved} for seed in range(seeds)]
+    return [dict.fromkeys(moved, seed) for seed in range(seeds)]
 
 
 def explain(error: ValidationError) -> str:
@@ -136,46 +160,89 @@ def load(path: str | Path, **parameters: Any) -> Sweep:
         SweepError: If the file, its `sweep` function, a parameter or a cell is not right.
     """
     path = Path(path)
-    module = _module(path)
-    function = getattr(module, "sweep", None)
-    if not callable(function):
-        raise SweepError(f"{path} must define a function `sweep(...) -> Sweep`, but it defines none; see sweeps/demo.py")
-    try:
+    with _explained(path):
+        module = _module(path)
+        function = getattr(module, "sweep", None)
+        if not callable(function):
+            raise SweepError(
+                f"{path} must define a function `sweep(...) -> Sweep`, but it defines none; see sweeps/demo.py"
+            )
         made = function(**_parse(path, function, parameters))
+    if not isinstance(made, Sweep):
+        raise SweepError(
+            f"`sweep` in {path} must return a Sweep, but it returned {type(made).__name__}; end it with "
+            "`return Sweep(...)`"
+        )
+    question = inspect.cleandoc(module.__doc__ or "").split("\n\n")[0]
+    return Sweep(made.trials, name=path.stem, question=" ".join(question.split()))
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turns whatever a study raises into a sentence, with the lines of the study that led there.
+
+    A study is its user's code: a mistake in it is the user's to mend, and the machinery around it is no help.
+    """
+    try:
+        yield
+    except SweepError:
+        raise
     except ValidationError as error:
         raise SweepError(f"{path}: {explain(error)}") from error
-    if not isinstance(made, Sweep):
-        raise SweepError(f"`sweep` in {path} must return a Sweep, but it returned {type(made).__name__}")
-    question = inspect.cleandoc(module.__doc__ or "").split("\n\n")[0]
-    return Sweep(made.trials, name=path.stem, question=question)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        first = next((k for k, frame in enumerate(frames) if frame.filename == str(path)), len(frames))
+        what = "".join(traceback.format_exception_only(error)).rstrip()
+        where = "".join(traceback.format_list(frames[first:])).rstrip()
+        raise SweepError(f"{path} must run without an error, but it raised {what}\n{where}".rstrip()) from error
 
 
 def _module(path: Path) -> ModuleType:
     if not path.is_file() or path.suffix != ".py":
         near = ", ".join(sorted(str(each) for each in path.parent.glob("*.py"))) or "none"
         raise SweepError(f"a sweep is a Python file, but {path} is none; files beside it: {near}")
-    spec = importlib.util.spec_from_file_location(f"memray_study_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = ModuleType(f"memray_study_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    # Not through importlib, which would write a __pycache__ beside the study, and read a stale one when the file is
+    # edited twice within a second.
+    exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
     return module
 
 
 def _parse(path: Path, function: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
     known = inspect.signature(function, eval_str=True).parameters
-    parsed = {}
+    if unknown := [name for name in parameters if name not in known]:
+        names = ", ".join(map(repr, unknown))
+        raise SweepError(f"{path} has no parameter {names}; parameters: {', '.join(known) or 'none'}")
+    empty = inspect.Parameter.empty
+    keywords = [each for each in known.values() if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    if missing := [each.name for each in keywords if each.default is empty and each.name not in parameters]:
+        raise SweepError(f"{path} needs a value of {', '.join(missing)}; give it with -p {missing[0]}=value")
+    parsed, problems = {}, []
     for name, value in parameters.items():
-        if name not in known:
-            raise SweepError(f"{path} has no parameter {name!r}; parameters: {', '.join(known) or 'none'}")
         annotation = known[name].annotation
-        adapter = TypeAdapter(Any if annotation is inspect.Parameter.empty else annotation)
         try:
-            try:
-                parsed[name] = adapter.validate_python(value)
-            except ValidationError:
-                if not isinstance(value, str) or value[:1] not in "[{":
-                    raise
-                parsed[name] = adapter.validate_python(json.loads(value))
+            parsed[name] = _parse_value(TypeAdapter(Any if annotation is empty else annotation), value)
         except ValidationError as error:
-            raise SweepError(f"{path}: parameter {name}: {explain(error)}") from error
+            problems.append(f"{path}: parameter {name}: {explain(error)}")
+    if problems:
+        raise SweepError("\n".join(problems))
     return parsed
+
+
+def _parse_value(adapter: TypeAdapter, value: Any) -> Any:
+    """The value as it stands, else what it spells: as JSON (`[2,7]`), or as a list with commas (`2,7`).
+
+    Raises:
+        ValidationError: If no reading of it fits; says what is wrong with the first.
+    """
+    try:
+        return adapter.validate_python(value)
+    except ValidationError:
+        for read in (json.loads, lambda text: text.split(",")) if isinstance(value, str) else ():
+            try:
+                return adapter.validate_python(read(value))
+            except ValueError:  # of which JSON's and pydantic's errors are kinds
+                continue
+        raise

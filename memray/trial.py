@@ -22,7 +22,7 @@ from memray.measurement import KnownString, Measurement, Measurer
 from memray.models import check_context, load_model, load_tokenizer
 from memray.scoring import AlphabetIds, TokenScores
 from memray.spec import ModelSpec, StopWhen, TrialSpec
-from memray.strings import ALPHABETS, draw_strings
+from memray.strings import ALPHABETS, Stream, draw_strings
 
 Weights = Mapping[str, ndarray]
 
@@ -75,32 +75,24 @@ class Material:
 
 
 def known_strings(
-    spec: TrialSpec, symbol_ids: Int[ndarray, " alphabet"]
-) -> tuple[ndarray, list[KnownString], ndarray, list[KnownString]]:
-    """The trained and the held-out strings of a trial, as symbols and as what is known of them."""
+    spec: TrialSpec, symbol_ids: Int[ndarray, " alphabet"], stream: Stream
+) -> tuple[Int[ndarray, "strings length"], list[KnownString]]:
+    """The trained or the held-out strings of a trial, as symbols and as what is known of them."""
+    number = spec.strings.num_strings if stream == "trained" else spec.probes.num_held_out
+    if number == 0:
+        return np.zeros((0, spec.strings.length), dtype=np.int64), []
     source = spec.strings.source()
+    strings = draw_strings(source, length=spec.strings.length, num_strings=number, seed=spec.string_seed, stream=stream)
     letters = ALPHABETS.get(spec.strings.alphabet)
-    drawn = []
-    for stream, number in (("trained", spec.strings.num_strings), ("held_out", spec.probes.num_held_out)):
-        strings = (
-            draw_strings(
-                source, length=spec.strings.length, num_strings=number, seed=spec.string_seed, stream=stream
-            )
-            if number
-            else np.zeros((0, spec.strings.length), dtype=np.int64)
-        )
-        known = [
-            KnownString.of(
-                string,
-                source=source,
-                symbol_ids=symbol_ids,
-                text="".join(letters[k] for k in string) if letters else " ".join(str(symbol_ids[k]) for k in string),
-                bos=bool(spec.model.bos),
-            )
-            for string in strings
-        ]
-        drawn += [strings, known]
-    return tuple(drawn)
+    texts = [
+        "".join(letters[k] for k in string) if letters else " ".join(str(symbol_ids[k]) for k in string)
+        for string in strings
+    ]
+    has_bos = bool(spec.model.bos)
+    return strings, [
+        KnownString.of(string, source=source, symbol_ids=symbol_ids, text=text, bos=has_bos)
+        for string, text in zip(strings, texts, strict=True)
+    ]
 
 
 def prepare(spec: TrialSpec) -> Material:
@@ -116,10 +108,11 @@ def prepare(spec: TrialSpec) -> Material:
         bos=bool(spec.model.bos),
         vocabulary_seed=spec.string_seed,
     )
-    strings, known, held_out, known_held_out = known_strings(spec, encoder.symbol_ids)
+    trained, known = known_strings(spec, encoder.symbol_ids, "trained")
+    held_out, known_held_out = known_strings(spec, encoder.symbol_ids, "held_out")
     return Material(
         encoder=encoder,
-        trained=encode(list(strings), encoder),
+        trained=encode(list(trained), encoder),
         held_out=encode(list(held_out), encoder) if len(held_out) else None,
         known_trained=known,
         known_held_out=known_held_out,

@@ -85,7 +85,10 @@ def test_symbols_that_split_die_in_plan(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
     load_model(ModelSpec(), seed=0).save_pretrained(tmp_path / "model")
     spec = f"TrialSpec(model=ModelSpec(path={str(tmp_path / 'model')!r}), strings=StringsSpec(alphabet=a, alphabet_size=3, length=64))"
-    path = study(tmp_path, HEAD + f"def sweep(*, scale='tiny', seeds=1):\n    return Sweep([{spec} for a in ('latin', 'greek')])\n")
+    path = study(
+        tmp_path,
+        HEAD + f"def sweep(*, scale='tiny', seeds=1):\n    return Sweep([{spec} for a in ('latin', 'greek')])\n",
+    )
     done = run("plan", path)
     assert done.exit_code == 2
     assert "1 of 2 trials of study cannot run" in done.stderr
@@ -100,7 +103,13 @@ def test_all_invalid_cells_are_reported_together(tmp_path: Path) -> None:
     done = run("plan", path)
     assert done.exit_code == 2
     assert "3 of 5 cells are invalid" in done.stderr
-    assert [f"'strings.alphabet_size': {size}}}" in done.stderr for size in (1, 2, 27, 26, 30)] == [True, False, True, False, True]
+    assert [f"'strings.alphabet_size': {size}}}" in done.stderr for size in (1, 2, 27, 26, 30)] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,10 @@ def test_probes_see_the_weights_of_their_epoch() -> None:
     [
         ("linear", transformers.get_linear_schedule_with_warmup),
         ("cosine", transformers.get_cosine_schedule_with_warmup),
-        ("constant", lambda optimiser, warmup, total: transformers.get_constant_schedule_with_warmup(optimiser, warmup)),
+        (
+            "constant",
+            lambda optimiser, warmup, total: transformers.get_constant_schedule_with_warmup(optimiser, warmup),
+        ),
     ],
 )
 @pytest.mark.parametrize("warmup", [0, 4])

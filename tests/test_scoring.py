@@ -144,15 +144,21 @@ def test_scores_equal_a_literal_transcription(seed: int, scale: float, has_ties:
         q /= q.sum()
         others = [value for token, value in enumerate(row) if token != target]
         winners = np.flatnonzero(row == row.max())
-        assert ours.log_prob[i] == pytest.approx(row[target] - np.log(np.exp(row - row.max()).sum()) - row.max(), abs=1e-4)
+        assert ours.log_prob[i] == pytest.approx(
+            row[target] - np.log(np.exp(row - row.max()).sum()) - row.max(), abs=1e-4
+        )
         assert ours.log_mass[i].exp() == pytest.approx(p[symbol_ids].sum(), abs=1e-5)
         assert ours.argmax[i] == (winners[0] if len(winners) == 1 else -1)
         assert ours.rank[i] == sum(value > row[target] for value in row)
         assert ours.margin[i] == pytest.approx(row[target] - max(others), abs=1e-4)
         entropy = -sum(x * math.log2(x) for x in q if x > 0)
         assert ours.entropy_bits[i] == pytest.approx(entropy, abs=1e-4)
-        log2_q = (row[symbol_ids] - row[symbol_ids].max() - np.log(np.exp(row[symbol_ids] - row[symbol_ids].max()).sum())) / np.log(2)
-        assert ours.kl_bits[i] == pytest.approx(float(np.sum(marginal * (np.log2(marginal) - log2_q))), rel=1e-4, abs=1e-4)
+        log2_q = (
+            row[symbol_ids] - row[symbol_ids].max() - np.log(np.exp(row[symbol_ids] - row[symbol_ids].max()).sum())
+        ) / np.log(2)
+        assert ours.kl_bits[i] == pytest.approx(
+            float(np.sum(marginal * (np.log2(marginal) - log2_q))), rel=1e-4, abs=1e-4
+        )
         assert ours.q[i].numpy() == pytest.approx(q, abs=1e-5)
 
 

@@ -1,5 +1,6 @@
 """One trial: the same bits wherever it ran, every epoch once, and all measures again from its records."""
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -70,7 +71,8 @@ def test_measures_of_the_records_are_those_of_the_trial_to_the_bit() -> None:
     tokens = pa.concat_tables([token_table(measured[:5]), token_table(measured[5:])])
     strings = pa.concat_tables([string_table(measured[:5]), string_table(measured[5:])], promote_options="default")
     symbol_ids = prepare(spec).symbol_ids
-    _, known, _, known_held_out = known_strings(spec, symbol_ids)
+    _, known = known_strings(spec, symbol_ids, "trained")
+    _, known_held_out = known_strings(spec, symbol_ids, "held_out")
     again = remeasure(spec, known, known_held_out, tokens, strings)
     assert records(again) == records(measured)
     assert repr([each.strings for each in again]) == repr([each.strings for each in measured])  # nan equals nan here
@@ -100,7 +102,7 @@ def test_a_criterion_ends_the_trial_with_its_phases_and_held_out_strings() -> No
     met = [each.metrics["recall/token_accuracy"] >= 0.2 for each in measured]
     assert 0 < measured[-1].epoch < 12
     assert met[-2:] == [True, True]
-    assert not any(a and b for a, b in zip(met[:-2], met[1:-1], strict=True))
+    assert not any(a and b for a, b in itertools.pairwise(met[:-1]))
     assert "guessing/heldout_accuracy" in measured[-1].metrics
     undisturbed = list(run_trial(changed({"probes.epochs": (0,)})))
     assert measured[-2].metrics == undisturbed[measured[-2].epoch].metrics

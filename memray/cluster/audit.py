@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from mlflow.entities import Run, ViewType
 from mlflow.tracking import MlflowClient
 
 from memray.cluster.ledger import Ledger, TrialFolder
 from memray.cluster.tracking import points
-from memray.measurement import TRAINED, remeasure
+from memray.measurement import remeasure
 from memray.spec import ProbesSpec, TrialSpec
 from memray.sweep import Sweep
 from memray.trial import known_strings
@@ -27,8 +26,10 @@ def audit(sweep: Sweep, ledger: Ledger, tracking_uri: str) -> list[str]:
     experiment = client.get_experiment_by_name(sweep.name)
     runs: dict[str, list[Run]] = {}
     if experiment is not None:
-        view = {"run_view_type": ViewType.ACTIVE_ONLY, "max_results": 50_000}
-        for run in client.search_runs([experiment.experiment_id], "tags.`memray.kind` = 'trial'", **view):
+        found = client.search_runs(
+            [experiment.experiment_id], "tags.`memray.kind` = 'trial'", ViewType.ACTIVE_ONLY, max_results=50_000
+        )
+        for run in found:
             runs.setdefault(run.data.tags.get("memray.trial_id", ""), []).append(run)
     differences = []
     for trial in sweep.trials:
@@ -94,7 +95,7 @@ def remeasured(trial: TrialSpec, folder: TrialFolder) -> list[dict[str, Any]]:
     probes = ProbesSpec.model_validate_json(finished.summary["probes"])
     spec = trial.model_copy(update={"probes": probes})
     tokens, strings = folder.tokens(), folder.strings()
-    first = strings.filter(pc.equal(strings["role"], TRAINED)).slice(0, 1)
-    symbol_ids = np.array(first["symbol_ids"][0].as_py())
-    _, known, _, known_held_out = known_strings(spec, symbol_ids)
-    return [each.record() for each in remeasure(spec, known, known_held_out, tokens, strings)]
+    symbol_ids = np.array(strings["symbol_ids"][0].as_py())  # the same for every string of a trial
+    _, trained = known_strings(spec, symbol_ids, "trained")
+    _, held_out = known_strings(spec, symbol_ids, "held_out")
+    return [each.record() for each in remeasure(spec, trained, held_out, tokens, strings)]

@@ -4,13 +4,14 @@ Tune schedules a list of trials and nothing more. Its own snapshots are not used
 so a launch that was killed is simply launched again. A trial that another live launch holds is waited for.
 """
 
-import functools
+import logging
 import os
+import re
+import socket
 import tempfile
 import time
-import traceback
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -27,20 +28,18 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
 from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 
 from memray.accelerators import accelerator
-from memray.cluster.ledger import AlreadyFinished, Attempt, Busy, Ledger, State, Superseded
+from memray.cluster.ledger import Ledger, State
 from memray.cluster.storage import cluster_claims
-from memray.cluster.weights import fetch, start_weights_owner
+from memray.cluster.weights import start_weights_owner
 from memray.cost import cost
-from memray.measurement import Measurement, string_table, token_table
 from memray.spec import TrialSpec
 from memray.sweep import Sweep
 
 # Retries of a trial whose actor died or raised, before the failure stands.
 MAX_FAILURES = 2
-# Seconds of measurements that an actor gathers before it writes a segment: what a crash can lose.
-SEGMENT_S = 5.0
 # A launch that meets foreign leases looks again after this time.
 WAIT_S = 5.0
 
@@ -74,10 +73,19 @@ def connect(address: str | None) -> None:
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {}
+    if found := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):
+        # Ray itself would try for minutes.
+        try:
+            socket.create_connection((found[1], int(found[2])), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(
+                f"a Ray cluster must listen at the address, but {address} does not answer ({error}); start it, or "
+                "leave out --address to run on this machine"
+            ) from error
     if address == "local":
         options["include_dashboard"] = False
         os.environ["HF_HUB_OFFLINE"] = "1"  # the driver has downloaded: the hub answers 429 to many workers
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
 
 
 def pending(sweep: Sweep, ledger: Ledger) -> list[TrialSpec]:
@@ -94,7 +102,7 @@ def resources(spec: TrialSpec) -> dict[str, float]:
     return asked
 
 
-def concurrency(trials: Sequence[TrialSpec], cluster: dict[str, float]) -> int:
+def concurrency(trials: Sequence[TrialSpec], cluster: Mapping[str, float]) -> int:
     """How many trials run side by side: as many as the scarcest resource of the cluster holds.
 
     Raises:
@@ -166,8 +174,8 @@ def run_on_tune(
     """Lets Tune run each of the trials once."""
     by_id = {spec.trial_id(): spec for spec in trials}
     trainable = tune.with_resources(
-        tune.with_parameters(run_in_actor, ledger=ledger, launch_name=name, owner=owner),
-        lambda config: resources(by_id[config["cell"]["trial_id"]]),
+        tune.with_parameters(_run_in_actor, ledger=ledger, launch_name=name, owner=owner),
+        lambda config: tune.PlacementGroupFactory([resources(by_id[config["cell"]["trial_id"]])]),
     )
     cells = [{"trial_id": trial_id, "spec": spec.model_dump_json()} for trial_id, spec in by_id.items()]
     with tempfile.TemporaryDirectory(prefix="memray-tune-") as scratch:
@@ -185,92 +193,21 @@ def run_on_tune(
         ).fit()
 
 
-# --- in the actor ----------------------------------------------------------------------------------------------
+def _run_in_actor(config: dict[str, Any], *, ledger: Ledger, launch_name: str, owner: Any) -> None:
+    # Imported in the actor alone: the driver has no use for torch and transformers, which take seconds to import.
+    from memray.cluster.actor import run_in_actor
+
+    run_in_actor(config, ledger=ledger, launch_name=launch_name, owner=owner)
 
 
-@functools.cache
-def _shelf(owner: Any) -> Any:
-    """One model shelf an actor, which Tune reuses from trial to trial."""
-    from memray.trial import ModelShelf
+class Announcer(TrialProgressCallback):
+    """Hears from Tune how trials end, and tells the watcher; on the driver.
 
-    return ModelShelf(functools.partial(fetch, owner) if owner is not None else None)
-
-
-def run_in_actor(config: dict[str, Any], *, ledger: Ledger, launch_name: str, owner: Any) -> None:
-    """Tune's function: one trial, from its claim to its marker."""
-    spec = TrialSpec.model_validate_json(config["cell"]["spec"])
-    folder = ledger.trial(spec.trial_id())
-    try:
-        attempt = folder.claim(spec.canonical_json(), launch_name)
-    except AlreadyFinished:
-        return
-    except Busy as error:
-        tune.report({"busy": str(error)})
-        return
-    with attempt:
-        try:
-            record_trial(spec, attempt, _shelf(owner))
-        except Superseded as error:
-            tune.report({"busy": str(error)})
-        except ValueError:
-            attempt.fail(traceback.format_exc())  # the same spec would be refused again: no retry
-        except Exception:
-            attempt.fail(traceback.format_exc())
-            raise
-
-
-def record_trial(spec: TrialSpec, attempt: Attempt, shelf: Any) -> None:
-    """Runs a trial and writes what it measures, a few segments in all."""
-    from memray.trial import run_trial
-
-    gathered: list[Measurement] = []
-    began = written = time.monotonic()
-
-    def write() -> None:
-        attempt.append([each.record() for each in gathered], token_table(gathered), string_table(gathered))
-        for each in gathered:
-            if each.weights is not None:
-                attempt.keep_weights(each.epoch, each.weights)
-        gathered.clear()
-
-    epoch = 0
-    for measurement in run_trial(spec, shelf=shelf):
-        gathered.append(measurement)
-        epoch = measurement.epoch
-        if time.monotonic() - written > SEGMENT_S:
-            write()
-            tune.report({"epoch": epoch})
-            written = time.monotonic()
-    if gathered:
-        write()
-    attempt.finish({"epochs": epoch, "seconds": round(time.monotonic() - began, 3), **provenance(spec)})
-
-
-def provenance(spec: TrialSpec) -> dict[str, Any]:
-    """What else the numbers depend on."""
-    import platform
-
-    import torch
-    import transformers
-
-    from memray.measurement import MEASURE_VERSIONS
-
-    is_cpu = accelerator(spec.compute.accelerator).device == "cpu"
-    return {
-        "probes_id": spec.probes.probes_id(),
-        "probes": spec.probes.model_dump_json(),
-        "measure_versions": MEASURE_VERSIONS,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": torch.backends.cpu.get_cpu_capability() if is_cpu else torch.cuda.get_device_name(),
-    }
-
-
-class Announcer(tune.Callback):
-    """Hears from Tune how trials end, and tells the watcher; on the driver."""
+    It takes the place of the callback that prints, which Tune adds whatever verbosity it is given.
+    """
 
     def __init__(self, ledger: Ledger, watcher: Watcher, launch_name: str) -> None:
+        super().__init__()
         self.ledger = ledger
         self.watcher = watcher
         self.launch_name = launch_name

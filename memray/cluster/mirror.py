@@ -73,8 +73,10 @@ class Mirror:
                 tracker = self._connected()
                 while self._dirty and not self._is_over:
                     trial_id = self._dirty.pop()
+                    trial = self.sweep.trial(trial_id)
                     try:
-                        tracker.send(self.sweep.trial(trial_id))
+                        if tracker.send(trial):
+                            tracker.send_cell(trial.cell_id())
                     except Exception:
                         self._dirty.add(trial_id)
                         raise
@@ -105,7 +107,8 @@ class Mirror:
             tracker = self._connected()
             for trial in self.sweep.trials:
                 tracker.send(trial)
-            tracker.send_cells()
+            for cell_id in self.sweep.cells():
+                tracker.send_cell(cell_id)
             tracker.close(self._write_figures, failed=failed)
         except TRACKING_ERRORS as error:
             self.error = error

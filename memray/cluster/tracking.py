@@ -65,6 +65,7 @@ class Tracker:
         self.runs = self._existing_runs()
         self.parent_id = self._parent()
         self.cursors: dict[str, Cursor] = {}
+        self.ended: set[str] = set()  # runs that this tracker has brought to their end
 
     def _experiment(self) -> str:
         found = self.client.get_experiment_by_name(self.sweep.name)
@@ -183,25 +184,29 @@ class Tracker:
 
     # --- cells ---------------------------------------------------------------------------------------------
 
-    def send_cells(self) -> None:
-        """One run a cell of which all replicates are finished: medians over its trials, epoch by epoch.
+    def send_cell(self, cell_id: str) -> None:
+        """The run of a cell, once all its replicates are finished: medians over its trials, epoch by epoch.
 
         A cell that has gained a replicate is another cell run: points cannot be taken back, so the old run goes.
         """
-        for cell_id, trials in self.sweep.cells().items():
-            folders = [self.ledger.trial(trial.trial_id()) for trial in trials]
-            finished = [folder.finished() for folder in folders]
-            if not all(finished):
-                continue
-            digests = sorted(f"{each.measurements_sha256}" for each in finished if each)
-            digest = hashlib.sha256("".join(digests).encode()).hexdigest()
-            old = self.runs.get(("cell", cell_id))
-            if old is not None:
-                if old.data.tags.get("memray.replicates") == digest and old.info.status == "FINISHED":
-                    continue
-                self.client.delete_run(old.info.run_id)
-                del self.runs["cell", cell_id]
-            self._send_cell(cell_id, trials, folders, digest)
+        trials = self.sweep.cells()[cell_id]
+        folders = [self.ledger.trial(trial.trial_id()) for trial in trials]
+        finished = [each for each in (folder.finished() for folder in folders) if each is not None]
+        if len(finished) < len(trials):
+            return
+        digests = sorted(each.measurements_sha256 for each in finished)
+        digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+        old = self.runs.get(("cell", cell_id))
+        if old is not None:
+            if old.data.tags.get("memray.replicates") == digest and self._has_ended(old):
+                return
+            self.client.delete_run(old.info.run_id)
+            del self.runs["cell", cell_id]
+        self._send_cell(cell_id, trials, folders, digest)
+
+    def _has_ended(self, run: Run) -> bool:
+        """Whether a run was sent to its end; what a launch that was killed left is begun anew."""
+        return run.info.run_id in self.ended or run.info.status == "FINISHED"
 
     def _send_cell(
         self, cell_id: str, trials: Sequence[TrialSpec], folders: Sequence[TrialFolder], digest: str
@@ -220,6 +225,7 @@ class Tracker:
         records = [folder.measurements()[0] for folder in folders]
         self._log_points(run_id, points(cell_measurements(records), created_ms))
         self.client.set_terminated(run_id, "FINISHED", end_time=created_ms)
+        self.ended.add(run_id)
 
     # --- the parent ----------------------------------------------------------------------------------------
 

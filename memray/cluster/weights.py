@@ -9,8 +9,6 @@ from typing import Any
 import ray
 from numpy import ndarray
 
-from memray.finetune import as_numpy
-from memray.models import load_model
 from memray.spec import ModelSpec
 
 
@@ -23,6 +21,10 @@ class WeightsOwner:
     def reference(self, model_json: str) -> list[Any]:
         """A reference to the weights by name (in a list: a bare one would be resolved, and copied, on the way)."""
         if model_json not in self._references:
+            # Imported in the actor alone, as in `launch`.
+            from memray.finetune import as_numpy
+            from memray.models import load_model
+
             model = load_model(ModelSpec.model_validate_json(model_json), seed=0)
             self._references[model_json] = ray.put({name: as_numpy(each) for name, each in model.named_parameters()})
         return [self._references[model_json]]

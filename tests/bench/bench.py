@@ -287,7 +287,9 @@ def main() -> None:
         rows, tables, agreement = run_all(scale, arguments.only, Path(scratch))
     title = "QUICK: these figures mean nothing" if arguments.quick else f"tiny Pythia, {', '.join(scale.study)}"
     words = [
-        "Medians (ratio: lowest to highest) of so many repetitions; * without the start of the cluster.",
+        "Medians over the repetitions (ratio: lowest to highest).",
+        "Ratio: ours to theirs where it must be at most, theirs to ours where it must be at least.",
+        "*: without the start of the cluster, on both sides.",
         *agreement,
         f"{os.cpu_count()} cores, {time.perf_counter() - began:.0f} s in all.",
     ]

@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from memray.cluster import launch
+from memray.cluster.launch import launch
 from memray.cluster.ledger import Attempt, Ledger, State, TrialFolder
 from memray.cluster.tracking import Tracker
 from memray.sweep import Sweep, load
@@ -42,7 +42,7 @@ def overhead(sweep: Sweep, scratch: Path) -> dict[str, float]:
     the actors' imports; where driver and trials slow each other down, it counts as the trials' own.
     """
     ledger, watch = Ledger(str(scratch), sweep.name), Stopwatch()
-    outcome = launch.launch(sweep, ledger, watch)
+    outcome = launch(sweep, ledger, watch)
     assert not outcome.failed, outcome.failed
     finished = [ledger.trial(trial_id).finished() for trial_id in outcome.finished]
     own_s = sum(each.summary["seconds"] for each in finished if each)
@@ -65,6 +65,7 @@ def mlflow(sweep: Sweep, scratch: Path) -> dict[str, float]:
 def profile(sweep: Sweep, scratch: Path) -> dict[str, float]:
     """Seconds by part of one trial, from claim to MLflow in one process, another trial having warmed everything up."""
     from memray import finetune, scoring, trial
+    from memray.cluster import actor
     from memray.measurement import Measurer
 
     watched: list[tuple[str, Any, str]] = [
@@ -75,12 +76,12 @@ def profile(sweep: Sweep, scratch: Path) -> dict[str, float]:
         ("measures", Measurer, "measure"),
         ("strings and model", trial, "prepare"),
         ("strings and model", trial.ModelShelf, "model"),
-        *(("records and ledger", launch, name) for name in ("token_table", "string_table")),
+        *(("records and ledger", actor, name) for name in ("token_table", "string_table")),
         *(("records and ledger", Attempt, name) for name in ("append", "finish", "__enter__", "__exit__")),
         ("records and ledger", TrialFolder, "claim"),
         ("sending to MLflow", Tracker, "send"),
     ]
-    launch.SEGMENT_S = float("inf")  # else a slow machine reports to Tune, which is not there
+    actor.SEGMENT_S = float("inf")  # else a slow machine reports to Tune, which is not there
     ledger = Ledger(str(scratch / "profile"), sweep.name)
     tracker, shelf = Tracker(sweep, ledger, f"sqlite:///{scratch}/profile.db"), trial.ModelShelf()
     seconds: dict[str, float] = defaultdict(float)
@@ -91,7 +92,7 @@ def profile(sweep: Sweep, scratch: Path) -> dict[str, float]:
                 setattr(owner, attribute, timed(name, getattr(owner, attribute), seconds, nested))
         began = time.perf_counter()
         with ledger.trial(spec.trial_id()).claim(spec.canonical_json(), "profile") as attempt:
-            launch.record_trial(spec, attempt, shelf)
+            actor.record_trial(spec, attempt, shelf)
         tracker.send(spec)
     return {**seconds, "other": time.perf_counter() - began - sum(seconds.values())}
 

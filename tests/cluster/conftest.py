@@ -62,7 +62,9 @@ class Workplace:
         return {"cwd": self.folder, "env": environment, "text": True}
 
     def run(self, verb: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(self.command(verb, *arguments), capture_output=True, timeout=240, check=False, **self.options())
+        done = subprocess.run(
+            self.command(verb, *arguments), capture_output=True, timeout=240, check=False, **self.options()
+        )
         assert done.returncode == expect, f"{verb} left with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         return done
 

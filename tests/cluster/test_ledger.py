@@ -59,9 +59,7 @@ with folder.claim('{"model":{"family":"pythia"}}', "theirs") as attempt:
 def child(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
     """A Python process that is killed and reaped when the block ends."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    process = subprocess.Popen(
-        command, env=CHILD_ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, env=CHILD_ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with process:
         try:
             yield process
@@ -202,9 +200,7 @@ json_values = st.recursive(
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    segments=st.lists(st.lists(st.dictionaries(st.text(), json_values, max_size=4), max_size=3), max_size=3)
-)
+@given(segments=st.lists(st.lists(st.dictionaries(st.text(), json_values, max_size=4), max_size=3), max_size=3))
 def test_measurements_round_trip_to_the_last_bit(local: Ledger, segments: list[list[dict]]):
     folder = local.trial(f"trial-{len(local.trial_ids())}")
     with folder.claim(SPEC, "ours") as attempt:
@@ -243,9 +239,7 @@ def test_what_is_not_json_is_refused_with_its_place(local: Ledger, value: object
     folder = local.trial("trial")
     bad = {"epoch": 3, "recall/robust": value}
     with folder.claim(SPEC, "ours") as attempt:
-        with pytest.raises(
-            ValueError, match=f"measurement 1 must hold only JSON with finite numbers, but {place}"
-        ):
+        with pytest.raises(ValueError, match=f"measurement 1 must hold only JSON with finite numbers, but {place}"):
             attempt.append([{"epoch": 2}, bad])
         with pytest.raises(ValueError, match=place):
             attempt.finish(bad)
@@ -354,9 +348,7 @@ def test_a_write_that_slips_past_a_takeover_is_not_read(local: Ledger, monkeypat
     assert folder.verify() == []
 
 
-def test_a_claim_that_comes_as_the_holder_finishes_finds_nothing_to_do(
-    local: Ledger, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_claim_that_comes_as_the_holder_finishes_finds_nothing_to_do(local: Ledger, monkeypatch: pytest.MonkeyPatch):
     folder = local.trial("trial")
     holder = folder.claim(SPEC, "theirs").__enter__()
     look = TrialFolder._newest_attempt
@@ -482,10 +474,7 @@ def test_a_live_foreign_lease_is_busy_and_says_who_holds_it(ledger: Ledger):
     with ledger.trial("trial").claim(SPEC, "theirs"), pytest.raises(Busy) as refusal:
         ledger.trial("trial").claim(SPEC, "ours")
     sentence = str(refusal.value)
-    assert (
-        f"held by launch theirs (attempt 1, process {os.getpid()} on {socket.gethostname()}) since 2"
-        in sentence
-    )
+    assert f"held by launch theirs (attempt 1, process {os.getpid()} on {socket.gethostname()}) since 2" in sentence
     with ledger.trial("trial").claim(SPEC, "ours") as attempt:
         assert attempt.number == 2  # released, so free at once
 
@@ -535,9 +524,7 @@ def lease_elsewhere(ledger: Ledger, **changes: object) -> None:
 def test_a_lease_of_another_machine_lives_until_it_expires(local: Ledger):
     folder = local.trial("trial")
     lease_elsewhere(local, renewed_s=time.time() - 29)
-    with pytest.raises(
-        Busy, match="renewed 29 s ago; it is free when that ends, or 30 s after its last renewal"
-    ):
+    with pytest.raises(Busy, match="renewed 29 s ago; it is free when that ends, or 30 s after its last renewal"):
         folder.claim(SPEC, "ours")
     lease_elsewhere(local, renewed_s=time.time() - 31)
     with folder.claim(SPEC, "ours") as attempt:
@@ -597,9 +584,7 @@ def test_a_storage_that_cannot_be_written_is_refused_with_a_sentence(tmp_path: P
     (tmp_path / "file").write_text("")
     ledger = Ledger(str(tmp_path / "file" / "runs") if root == "below a file" else root, "sweep")
     for write in (ledger.check_writable, lambda: ledger.trial("trial").claim(SPEC, "ours")):
-        with pytest.raises(
-            StorageError, match=r"(?s)the storage .* must be a folder .* --storage"
-        ) as refusal:
+        with pytest.raises(StorageError, match=r"(?s)the storage .* must be a folder .* --storage") as refusal:
             write()
         assert str(ledger.storage) in str(refusal.value)
         assert pickle.loads(pickle.dumps(refusal.value)).args == refusal.value.args
@@ -631,9 +616,7 @@ def test_a_read_only_storage_can_be_read_and_is_refused_for_writing(tmp_path: Pa
         finish_a_trial(ledger)
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "mount")], check=True)
         assert ledger.trial("trial").verify() == []
-        with pytest.raises(
-            StorageError, match=r"to write .sweep/other/leases/0001\.json. failed: Read-only file"
-        ):
+        with pytest.raises(StorageError, match=r"to write .sweep/other/leases/0001\.json. failed: Read-only file"):
             ledger.trial("other").claim(SPEC, "ours")
 
 
@@ -655,9 +638,7 @@ def test_a_full_storage_shows_nothing_of_the_segment_which_can_be_appended_again
         assert folder.verify() == []
 
 
-def test_a_file_system_without_hard_links_still_lets_one_writer_win(
-    local: Ledger, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_file_system_without_hard_links_still_lets_one_writer_win(local: Ledger, monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
@@ -698,18 +679,14 @@ def test_a_pickled_ledger_reads_the_same_trials(bucket: str, local: Ledger):
 def test_an_object_store_is_read_without_a_claims_authority_but_not_claimed(bucket: str):
     ledger = Ledger(bucket.format("unclaimed"), "sweep")
     assert ledger.trial("trial").state() == "planned"
-    with pytest.raises(
-        ValueError, match="the object store s3://bucket/unclaimed must be claimed through an auth"
-    ):
+    with pytest.raises(ValueError, match="the object store s3://bucket/unclaimed must be claimed through an auth"):
         ledger.trial("trial").claim(SPEC, "ours")
 
 
 def test_a_bucket_that_does_not_exist_is_refused_without_telling_its_password(bucket: str):
     uri = bucket.format("x").replace("@bucket", "@other-bucket")
     ledger = Ledger(uri, "sweep", claims=Claims())
-    with pytest.raises(
-        StorageError, match=r"the storage s3://other-bucket/x must be .*does not exist"
-    ) as refusal:
+    with pytest.raises(StorageError, match=r"the storage s3://other-bucket/x must be .*does not exist") as refusal:
         ledger.check_writable()
     assert "test:test" not in str(refusal.value)
 

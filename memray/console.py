@@ -1,0 +1,127 @@
+"""What a person sees: the plan as a table, how a launch goes on, and where to look afterwards."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from memray.cost import cost
+from memray.spec import TrialSpec
+from memray.sweep import Sweep
+
+# A job log is no terminal, and a table cut at 80 columns helps nobody there.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def plan_row(trial: TrialSpec, sweep: Sweep, state: str) -> dict[str, Any]:
+    """One trial of a plan, as `plan --json` prints it."""
+    estimate, params = cost(trial), trial.params()
+    return {
+        "trial_id": trial.trial_id(),
+        "cell_id": trial.cell_id(),
+        "varying": {name: params[name] for name in sweep.varying()},
+        "engine": trial.compute.engine,
+        "accelerator": trial.compute.accelerator,
+        "devices": trial.compute.device_share,
+        "flops": estimate.flops,
+        "peak_gib": round(estimate.peak_gib, 3),
+        "device_hours": estimate.device_hours,
+        "state": state,
+    }
+
+
+def plan_table(rows: list[dict[str, Any]], sweep: Sweep) -> Table:
+    """The rows of a plan for a person."""
+    table = Table(title=f"{sweep.name}: {sweep.question}", title_justify="left")
+    for name in ("trial", *(name.rpartition(".")[2] for name in sweep.varying()), "engine", "device"):
+        table.add_column(name)
+    for name in ("FLOPs", "GiB", "hours"):
+        table.add_column(name, justify="right")
+    table.add_column("state")
+    for row in rows:
+        table.add_row(
+            row["trial_id"],
+            *(str(value) for value in row["varying"].values()),
+            row["engine"],
+            row["accelerator"],
+            f"{row['flops']:.2g}",
+            f"{row['peak_gib']:.1f}",
+            f"{row['device_hours']:.2g}",
+            row["state"],
+        )
+    return table
+
+
+def say_where(mirror: Any, uri: str, lag: int, sweep: str, parameters: list[str] | None, storage: str) -> None:
+    """Where the runs can be compared, or how far MLflow lags and the command that catches up."""
+    arguments = " ".join([sweep, *(f"-p {each}" for each in parameters or []), f"--storage {storage}"])
+    if lag or mirror.error is not None:
+        err.print(
+            f"MLflow at {uri} lacks {lag} finished trials ({mirror.error}); the ledger holds them. Catch up with:\n"
+            f"  python -m memray sync {arguments} --tracking-uri {uri}",
+            markup=False,
+        )
+        return
+    page = f"/#/experiments/{mirror.page}/runs?compareRunsMode=CHART"
+    if uri.startswith("sqlite"):
+        out.print(f"Compare the runs: mlflow server --backend-store-uri {uri} --host 127.0.0.1 --port 5000")
+        out.print(f"and open http://127.0.0.1:5000{page}")
+    else:
+        out.print(f"Compare the runs: {uri}{page}")
+
+
+class Watching:
+    """Tells the person, and the mirror, how a launch goes on."""
+
+    def __init__(self, sweep: Sweep, mirror: Any, progress: Progress | None) -> None:
+        self.mirror = mirror
+        self.progress = progress
+        self.epochs = {trial.trial_id(): trial.num_epochs for trial in sweep.trials}
+        self.reached: dict[str, int] = {}
+        self.ended_trials = 0
+        self.total = 0
+        self.began_s = time.monotonic()
+
+    def began(self, trials: int, concurrency: int) -> None:
+        self.total, self.began_s = trials, time.monotonic()
+        self.says(f"{trials} trials to run, {concurrency} at a time")
+        if self.progress:
+            self.bar = self.progress.add_task("trials", total=trials)
+
+    def advanced(self, trial_id: str, epoch: int) -> None:
+        self.reached[trial_id] = epoch
+        self.mirror.touch(trial_id)
+
+    def ended(self, trial_id: str, state: str) -> None:
+        self.mirror.touch(trial_id)
+        self.ended_trials += 1
+        if self.progress:
+            self.progress.advance(self.bar)
+        elapsed = time.monotonic() - self.began_s
+        left = elapsed / self.ended_trials * (self.total - self.ended_trials)
+        if not self.progress or state == "failed":
+            self.says(
+                f"{self.ended_trials}/{self.total} {trial_id} {state}, {elapsed:.0f} s elapsed, about {left:.0f} s left"
+            )
+
+    def says(self, text: str) -> None:
+        console = self.progress.console if self.progress else out
+        console.print(text, markup=False)
+
+
+@contextlib.contextmanager
+def watcher(sweep: Sweep, mirror: Any) -> Iterator[Watching]:
+    """A progress bar on a terminal, plain lines in a job log."""
+    if not sys.stdout.isatty():
+        yield Watching(sweep, mirror, None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=out) as progress:
+        yield Watching(sweep, mirror, progress)

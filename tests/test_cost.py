@@ -1,0 +1,318 @@
+"""What a trial will cost, against torch's own counter of operations and against the peak of a process that trains."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+from memray import accelerators, finetune, scoring
+from memray import cost as costs
+from memray.accelerators import ACCELERATORS
+from memray.cost import check_fits, cost, shape
+from memray.families import FAMILIES, family
+from memray.models import character_tokenizer, load_model
+from memray.spec import ComputeSpec, LoraSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
+
+UNSEEN = ProbesSpec(num_held_out=0)
+
+each_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def one_epoch(length: int = 256, **fields: Any) -> TrialSpec:
+    """One step on one string and one scoring pass, nothing held out."""
+    return TrialSpec(strings=StringsSpec(length=length), training=TrainingSpec(epochs=1), probes=UNSEEN, **fields)
+
+
+def tiny(name: str, **fields: Any) -> ModelSpec:
+    return ModelSpec(family=name, bos=False, **fields)
+
+
+def counted(model: torch.nn.Module, length: int) -> tuple[float, float]:
+    """Operations of a forward pass, and of a forward with its backward pass, as torch counts them.
+
+    The models attend eagerly: the counter sees no fused attention on a CPU. What it then counts for attention (the
+    batched products) is the whole square of positions, of which causal attention computes one half.
+    """
+
+    def causal(counter: FlopCounterMode) -> float:
+        by_operation = counter.get_flop_counts()["Global"]
+        assert by_operation[torch.ops.aten.bmm] > 0
+        return sum(by_operation.values()) - by_operation[torch.ops.aten.bmm] / 2
+
+    ids = torch.arange(length)[None] % 26 + 4
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(input_ids=ids)
+    with FlopCounterMode(display=False) as both:
+        model(input_ids=ids, labels=ids).loss.backward()
+    return causal(forward), causal(both)
+
+
+def eager(spec: ModelSpec) -> torch.nn.Module:
+    model = load_model(spec, seed=0)
+    model.set_attn_implementation("eager")
+    return model
+
+
+# Operations.
+
+
+@each_family
+def test_the_operations_of_a_trial_are_those_that_torch_counts(name: str) -> None:
+    forward, both = counted(eager(tiny(name)), 128)
+    # One step, and one pass that scores the weights it leaves.
+    assert cost(one_epoch(128, model=tiny(name))).flops == pytest.approx(both + forward, rel=0.1)
+
+
+def test_attention_grows_with_the_square_of_the_length_as_torch_counts_it() -> None:
+    model = eager(tiny("pythia"))
+    for length in (16, 512):
+        forward, both = counted(model, length)
+        assert cost(one_epoch(length)).flops == pytest.approx(both + forward, rel=0.1)
+
+
+def test_adapters_save_the_gradients_of_the_frozen_weights() -> None:
+    spec = one_epoch(128, model=tiny("pythia", lora=LoraSpec()))
+    forward, both = counted(eager(spec.model), 128)
+    assert cost(spec).flops == pytest.approx(both + forward, rel=0.15)
+    assert cost(spec).flops < cost(one_epoch(128)).flops
+
+
+def test_the_operations_of_a_trial_are_its_passes_times_those_of_one() -> None:
+    one_pass = cost(one_epoch()).flops / 4  # forward, twice as much backward, and one more forward
+
+    def passes(**fields: Any) -> float:
+        return cost(TrialSpec(**fields)).flops / one_pass
+
+    strings = {"length": 256}
+    assert passes(strings=strings, training={"epochs": 10}, probes=UNSEEN) == pytest.approx(10 * 3 + 1)
+    held_out = ProbesSpec(epochs=(0, 5, 99), num_held_out=4)  # at epochs 0, 5 and the last
+    assert passes(strings=strings, training={"epochs": 10}, probes=held_out) == pytest.approx(10 * 3 + 1 + 3 * 4)
+    many = {"length": 256, "num_strings": 6}
+    assert passes(strings=many, training={"epochs": 10}, probes=UNSEEN) == pytest.approx(10 * 6 * 3 + 11 * 6)
+    one_step = {"epochs": 10, "strings_per_step": 0}
+    assert passes(strings=many, training=one_step, probes=UNSEEN) == pytest.approx(10 * 6 * 3 + 6)
+    checkpointed = {"epochs": 10, "gradient_checkpointing": True}
+    assert passes(strings=strings, training=checkpointed, probes=UNSEEN) == pytest.approx(10 * 4 + 1)
+    dropped_out = passes(strings=strings, training={"epochs": 10}, probes=UNSEEN, model={"dropout": 0.1})
+    assert dropped_out == pytest.approx(10 * 3 + 11)  # a training pass with dropout measures nothing
+
+
+def test_a_bos_is_a_token_too() -> None:
+    with_bos = one_epoch(255, model=ModelSpec(bos=True))
+    assert cost(with_bos).flops == cost(one_epoch(256)).flops
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "num_parameters"),
+    [("pythia", "1b", 1_011_781_632), ("llama2", "7b", 6_738_415_616), ("gpt2", "1.5b", 1_557_611_200)],
+)
+def test_a_public_model_takes_about_six_operations_a_parameter_and_token(
+    name: str, size: str, num_parameters: int
+) -> None:
+    spec = one_epoch(128, model=tiny(name, size=size))
+    embedding = family(name).sizes[size].vocab_size * family(name).sizes[size].hidden_size
+    looked_up = 0 if family(name).ties_embeddings else embedding
+    # And two more for the pass that scores; 128 tokens attend to little.
+    assert cost(spec).flops == pytest.approx(8 * 128 * (num_parameters - looked_up), rel=0.02)
+
+
+# Directories.
+
+
+def saved(directory: Path, name: str, **config: Any) -> str:
+    """A random model with its tokenizer, as save_pretrained writes them."""
+    known = family(name)
+    made = getattr(transformers, known.config_class)(**(known.tiny | config))
+    with torch.random.fork_rng(devices=[]):
+        transformers.AutoModelForCausalLM.from_config(made).save_pretrained(directory)
+    character_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+@each_family
+def test_a_directory_has_the_shape_of_the_model_in_it(name: str, tmp_path: Path) -> None:
+    tabled = shape(tiny(name))
+    found = shape(tiny(name, path=saved(tmp_path, name)))
+    assert (found.num_layers, found.hidden_size, found.vocab_size) == (4, 128, 187)
+    assert found.matrix_parameters == tabled.matrix_parameters
+    # A table of positions is counted where a family rotates, too: 2048 x 128 of a model of 0.8 million.
+    assert tabled.num_parameters * 0.99 < found.num_parameters < tabled.num_parameters + 2048 * 128
+
+
+def test_the_width_of_a_model_is_that_of_its_blocks_not_of_its_embeddings(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({
+        "num_hidden_layers": 24, "hidden_size": 1024, "word_embed_proj_dim": 512, "num_attention_heads": 16,
+        "ffn_dim": 4096, "vocab_size": 50272, "max_position_embeddings": 2048,
+    }))  # fmt: skip
+    found = shape(ModelSpec(family="opt", path=str(tmp_path)))
+    assert found.hidden_size == 1024
+    assert found.num_parameters == pytest.approx(family("opt").sizes["350m"].num_parameters, rel=0.1)
+
+
+@pytest.mark.parametrize("written", [None, "{", "[1]", '"words"'])
+def test_a_directory_without_a_readable_config_is_refused(written: str | None, tmp_path: Path) -> None:
+    if written is not None:
+        (tmp_path / "config.json").write_text(written)
+    with pytest.raises(ValueError, match=r"must be a directory written by save_pretrained, but .* name a family and"):
+        shape(ModelSpec(path=str(tmp_path)))
+
+
+def test_a_directory_of_another_family_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, "gpt2")
+    with pytest.raises(ValueError, match=r"must be the family of the model in .* lacks num_layers, .* saved from"):
+        shape(ModelSpec(family="pythia", path=path))
+
+
+# Memory.
+
+TRAINS = """
+import sys
+from memray.spec import TrialSpec
+from memray.trial import run_trial
+for spec in sys.argv[1:]:
+    for measurement in run_trial(TrialSpec.model_validate_json(spec)):
+        pass
+    # Not resource.getrusage: it starts from what the process that started this one held.
+    print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+
+
+def measured_gib(specs: list[TrialSpec]) -> list[float]:
+    """The peak of one process after each of the trials, the smallest first: a peak never falls."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINS, *(spec.model_dump_json() for spec in specs)],
+        capture_output=True, text=True, timeout=240, check=True, env=environment,
+    )  # fmt: skip
+    return [int(line) / 2**20 for line in done.stdout.splitlines()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read where Linux keeps it")
+def test_the_expected_peak_is_near_the_measured_one(tmp_path: Path) -> None:
+    wider = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 8192}
+    specs = [
+        # Two epochs: the moments of the optimiser exist from the first step on, so that the second has the peak.
+        TrialSpec(
+            model=ModelSpec(path=path),
+            strings=StringsSpec(length=128),
+            training=TrainingSpec(epochs=2),
+            probes=ProbesSpec(num_held_out=2),
+        )
+        for path in (None, saved(tmp_path, "pythia", **wider))  # 0.8 and 34 million parameters
+    ]
+    for spec, measured in zip(specs, measured_gib(specs), strict=True):
+        # Too low ends a trial in the middle; too high leaves a device idle.
+        assert 0.85 * measured <= cost(spec).peak_gib <= 2 * measured
+
+
+def peak(**fields: Any) -> float:
+    spec = {"model": {"size": "1b"}, "compute": {"accelerator": "h200"}, "probes": UNSEEN}
+    return cost(TrialSpec(**(spec | fields))).peak_gib
+
+
+def test_full_training_takes_16_bytes_a_parameter_at_fp32_and_20_with_fp32_masters() -> None:
+    gib = shape(ModelSpec(size="1b")).num_parameters / 2**30
+    short = {"length": 2}
+    beside = costs.PROCESS_GIB + 0.01
+    at_fp32 = peak(strings=short, compute={"accelerator": "h200", "precision": "fp32"})
+    assert 16 * gib < at_fp32 < 16 * gib + beside
+    assert 20 * gib < peak(strings=short) < 20 * gib + beside
+    # Without momentum plain gradient descent keeps weights and gradients alone.
+    plain = peak(strings=short, compute={"accelerator": "h200", "precision": "fp32"}, training={"optimiser": "sgd"})
+    assert 8 * gib < plain < 8 * gib + beside
+    # On the CPU, the weights that the next trial is reset to are beside them.
+    assert 20 * gib < peak(strings=short, compute={}) < 20 * gib + beside
+
+
+def test_bf16_halves_what_a_token_keeps_for_the_backward_pass() -> None:
+    def token(precision: str) -> float:
+        compute = {"accelerator": "h200", "precision": precision}
+        return peak(strings={"length": 2048}, compute=compute) - peak(strings={"length": 1024}, compute=compute)
+
+    assert token("bf16") == pytest.approx(token("fp32") / 2, rel=1e-6)
+
+
+def test_checkpointing_adapters_and_smaller_forward_passes_lower_the_peak() -> None:
+    many = {"length": 1024, "num_strings": 16}
+    whole = peak(strings=many, training={"strings_per_step": 0})
+    assert peak(strings=many, training={"strings_per_step": 0, "gradient_checkpointing": True}) < 0.5 * whole
+    assert peak(strings=many, training={"strings_per_step": 0, "strings_per_forward": 1}) < 0.5 * whole
+    assert peak(strings=many) == peak(strings=many, training={"strings_per_step": 0, "strings_per_forward": 1})
+    assert peak(model={"size": "1b", "lora": {}}) < 0.5 * peak()
+
+
+def test_adapters_at_bf16_still_load_their_frozen_weights_at_fp32() -> None:
+    gib = shape(ModelSpec(size="1b")).num_parameters / 2**30
+    assert peak(model={"size": "1b", "lora": {}}, strings={"length": 2}) == pytest.approx(4 * gib + costs.PROCESS_GIB)
+
+
+def test_held_out_strings_are_scored_in_bounded_passes() -> None:
+    few, many, more = (
+        peak(strings={"length": 16}, probes=ProbesSpec(num_held_out=number)) for number in (0, 200, 10_000)
+    )
+    assert few < many == more
+
+
+def test_what_is_copied_from_modules_that_import_torch_is_what_they_say() -> None:
+    assert costs.TOKENS_PER_SCORING_PASS == finetune.TOKENS_PER_SCORING_PASS
+    assert costs.LOGITS_PER_CHUNK == scoring.LOGITS_PER_CHUNK
+
+
+# Time, and what fits.
+
+
+def test_time_grows_with_the_work_and_falls_with_the_device() -> None:
+    def seconds(**fields: Any) -> float:
+        return cost(one_epoch(1024, model=tiny("pythia", size="1b"), **fields)).seconds
+
+    assert seconds(compute=ComputeSpec(threads=4)) < seconds() / 3
+    assert seconds(compute=ComputeSpec(accelerator="h100-80gb")) < seconds(compute=ComputeSpec(accelerator="t4"))
+    assert cost(one_epoch()).device_hours == cost(one_epoch()).seconds / 3600
+
+
+@each_family
+def test_every_tiny_trial_fits_the_smallest_accelerator(name: str) -> None:
+    check_fits(TrialSpec(model=tiny(name), compute=ComputeSpec(accelerator="t4")))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_what_cannot_fit_is_refused_with_what_it_needs_what_there_is_and_what_to_change(share: float) -> None:
+    compute = ComputeSpec(accelerator="t4", device_share=share)
+    spec = TrialSpec(model=ModelSpec(size="1.4b"), compute=compute)
+    with pytest.raises(ValueError, match="a trial must fit its device") as caught:
+        check_fits(spec)
+    said = str(caught.value)
+    assert f"pythia 1.4b needs about {cost(spec).peak_gib:.1f} GiB" in said
+    assert f"t4 offers {ACCELERATORS['t4'].memory_gib * share:.1f} GiB" in said
+    for remedy in ("compute.accelerator", "training.strings_per_forward", "training.gradient_checkpointing"):
+        assert remedy in said
+
+
+def test_a_share_of_a_device_is_a_share_of_its_memory() -> None:
+    model = ModelSpec(size="410m")
+    check_fits(TrialSpec(model=model, compute=ComputeSpec(accelerator="h100-80gb", device_share=0.25)))
+    with pytest.raises(ValueError, match=r"h100-80gb offers 7\.9 GiB"):
+        check_fits(TrialSpec(model=model, compute=ComputeSpec(accelerator="h100-80gb", device_share=0.1)))
+
+
+def test_the_cpu_is_this_machine() -> None:
+    num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert ACCELERATORS["cpu"].memory_gib == pytest.approx(num_bytes / 2**30)
+    with pytest.raises(ValueError, match="cpu offers"):
+        check_fits(TrialSpec(model=ModelSpec(family="opt", size="13b")))
+
+
+def test_every_accelerator_is_known_by_its_name_and_an_unknown_one_is_answered_with_the_list() -> None:
+    for name, row in ACCELERATORS.items():
+        assert accelerators.accelerator(name) is row
+        assert row.name == name
+        assert row.bf16_flops > 0 < row.fp32_flops
+    with pytest.raises(ValueError, match=r"unknown accelerator 'h100'; did you mean 'h200'\? accelerators: cpu, t4, "):
+        accelerators.accelerator("h100")

@@ -1,0 +1,511 @@
+"""What a trial is: its identity, what is filled in, what is refused, and how it is flattened."""
+
+import hashlib
+import json
+import math
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from memray.families import FAMILIES
+from memray.spec import (
+    ComputeSpec,
+    LoraSpec,
+    ModelSpec,
+    Part,
+    ProbesSpec,
+    StopWhen,
+    StringsSpec,
+    TrainingSpec,
+    TrialSpec,
+)
+from memray.strings import ALPHABETS
+
+PYTHIA_1B = TrialSpec(model=ModelSpec(size="1b", pretrained=True))
+
+# Ids of finished trials are kept in ledgers and in MLflow: if one of these changes, every trial ever run is run again.
+GOLDEN = {
+    "the default": (TrialSpec(), "9b384eaf12fc", "9b384eaf12fc"),
+    "a skewed source and seeds": (
+        TrialSpec(
+            strings=StringsSpec(alphabet_size=7, entropy_bits=2.0, skew="zipf", length=256),
+            string_seed=3,
+            model_seed=3,
+        ),
+        "a34e94a71cb7",
+        "a224cdf41fe5",
+    ),
+    "a pretrained model": (PYTHIA_1B, "997057f96aec", "997057f96aec"),
+    "a family with a BOS on an accelerator": (
+        TrialSpec(
+            model=ModelSpec(family="llama2", size="7b", pretrained=True), compute=ComputeSpec(accelerator="h100-80gb")
+        ),
+        "1dc7ae58ac45",
+        "1dc7ae58ac45",
+    ),
+    "adapters, a criterion and many strings": (
+        TrialSpec(
+            strings=StringsSpec(num_strings=16, length=64, alphabet="greek", alphabet_size=24),
+            model=ModelSpec(family="gpt2", lora=LoraSpec(target_modules=("c_attn",)), dropout=0.1),
+            training=TrainingSpec(epochs=60, strings_per_step=0, stop_when=StopWhen(epochs=3), schedule="constant"),
+            order_seed=5,
+        ),
+        "4c45efb16193",
+        "2c2034d13707",
+    ),
+    "plain gradient descent on a directory": (
+        TrialSpec(
+            model=ModelSpec(path="models/mine", bos=True),
+            training=TrainingSpec(optimiser="sgd", momentum=0.9, learning_rate=0.01, keep_weights="final"),
+            compute=ComputeSpec(precision="bf16", threads=2),
+        ),
+        "306761d9a1e3",
+        "306761d9a1e3",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", GOLDEN)
+def test_an_id_never_changes(what: str) -> None:
+    spec, trial_id, cell_id = GOLDEN[what]
+    assert (spec.trial_id(), spec.cell_id()) == (trial_id, cell_id)
+
+
+def test_the_id_of_the_default_probes_never_changes() -> None:
+    assert ProbesSpec().probes_id() == "44136fa355b3"
+    assert ProbesSpec(epochs=(0, 10), num_held_out=3, compared_strings=1).probes_id() == "b1dc19fa12d1"
+
+
+def differing(part: Part) -> dict[str, Any]:
+    """The rule of the hash, spelled out: what differs from the class's own default, and parts that are switched on."""
+    found: dict[str, Any] = {}
+    for name, field in type(part).model_fields.items():
+        value = getattr(part, name)
+        if isinstance(value, Part):
+            inner = differing(value)
+            if inner or field.default is None:
+                found[name] = inner
+        elif value != field.default:
+            found[name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def expected_json(spec: TrialSpec, *, without: tuple[str, ...] = ("probes",)) -> str:
+    found = differing(spec)
+    strings, compute = found.get("strings", {}), found.get("compute", {})
+    compute.pop("device_share", None)
+    if spec.strings.entropy_bits is None or spec.strings.entropy_bits >= math.log2(spec.strings.alphabet_size) - 1e-9:
+        strings.pop("entropy_bits", None)
+        strings.pop("skew", None)
+    if not strings:
+        found.pop("strings", None)
+    kept = {name: value for name, value in found.items() if name not in without}
+    return json.dumps(kept, sort_keys=True, separators=(",", ":"))
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:12]
+
+
+@st.composite
+def valid_specs(draw: st.DrawFn) -> TrialSpec:
+    def some(**fields: st.SearchStrategy[Any]) -> dict[str, Any]:
+        """Any subset of the fields; the others keep their defaults."""
+        return {name: draw(values) for name, values in fields.items() if draw(st.booleans())}
+
+    alphabet = draw(st.sampled_from([*ALPHABETS]))
+    size = draw(st.integers(2, len(ALPHABETS[alphabet])))
+    num_strings, length = draw(st.integers(1, 12)), draw(st.integers(2, 1000))
+    per_step = draw(st.sampled_from([0, *(k for k in range(1, 13) if num_strings % k == 0)]))
+    strings = some(
+        entropy_bits=st.none() | st.floats(0.01, 1).map(lambda share: share * math.log2(size)),
+        skew=st.sampled_from(["one-token", "geometric", "zipf"]),
+    )
+    lora = st.builds(
+        LoraSpec,
+        rank=st.integers(1, 64),
+        alpha=st.floats(0.5, 64),
+        target_modules=st.none() | st.lists(st.text("abc_.", min_size=1), min_size=1).map(tuple),
+    )
+    family = draw(st.sampled_from([*FAMILIES]))
+    model = some(
+        size=st.sampled_from([*FAMILIES[family].sizes]),
+        bos=st.none() | st.booleans(),
+        dropout=st.floats(0, 0.9),
+        lora=st.none() | lora,
+    )
+    if model.get("size", "tiny") != "tiny":
+        model["pretrained"] = draw(st.booleans())
+    optimisers: list[Literal["adamw", "sgd"]] = ["adamw", "sgd"]
+    optimiser = draw(st.sampled_from(optimisers))
+    training = some(
+        epochs=st.none() | st.integers(1, 500),
+        learning_rate=st.none() | st.floats(1e-8, 1),
+        schedule=st.sampled_from(["linear", "constant", "cosine"]),
+        warmup_steps=st.integers(0, 9),
+        stop_when=st.none() | st.builds(StopWhen, at_least=st.floats(-1, 1), epochs=st.integers(1, 9)),
+        gradient_checkpointing=st.booleans(),
+        **({"momentum": st.floats(0, 0.99)} if optimiser == "sgd" else {"beta1": st.floats(0, 0.99)}),
+    )
+    compute = some(
+        accelerator=st.sampled_from(["cpu", "t4", "h200"]),
+        threads=st.integers(1, 8),
+        precision=st.sampled_from([None, "fp32", "bf16"]),
+        device_share=st.floats(0.01, 1),
+    )
+    seed = st.integers(0, 2**32 - 1)
+    return TrialSpec(
+        strings=StringsSpec(alphabet=alphabet, alphabet_size=size, num_strings=num_strings, length=length, **strings),  # type: ignore[arg-type]
+        model=ModelSpec(family=family, **model),
+        training=TrainingSpec(optimiser=optimiser, strings_per_step=per_step, **training),
+        compute=ComputeSpec(**compute),
+        probes=ProbesSpec(**some(num_held_out=st.integers(0, 20), compared_strings=st.integers(0, num_strings))),
+        **some(string_seed=seed, model_seed=seed, order_seed=seed),
+    )
+
+
+@given(valid_specs())
+@settings(max_examples=100, deadline=None)
+def test_an_id_hashes_the_canonical_json_of_what_differs_from_the_defaults(spec: TrialSpec) -> None:
+    assert spec.canonical_json() == expected_json(spec)
+    assert spec.trial_id() == sha(expected_json(spec))
+    assert spec.cell_id() == sha(expected_json(spec, without=("probes", "string_seed", "model_seed", "order_seed")))
+    assert spec.probes.probes_id() == sha(json.dumps(differing(spec.probes), sort_keys=True, separators=(",", ":")))
+
+
+@given(valid_specs())
+@settings(max_examples=100, deadline=None)
+def test_a_round_trip_through_json_keeps_the_spec_and_its_ids(spec: TrialSpec) -> None:
+    back = TrialSpec.model_validate_json(spec.model_dump_json())
+    assert back == spec
+    assert back.trial_id() == spec.trial_id()
+    assert back.cell_id() == spec.cell_id()
+    assert back.probes.probes_id() == spec.probes.probes_id()
+    assert back.params() == spec.params()
+
+
+@given(valid_specs(), valid_specs())
+@settings(max_examples=60, deadline=None)
+def test_params_have_the_same_keys_for_every_spec_and_fit_into_mlflow(one: TrialSpec, other: TrialSpec) -> None:
+    assert one.params().keys() == other.params().keys()
+    for value in one.params().values():
+        assert isinstance(value, str | int | float | bool)
+        assert 0 < len(str(value)) <= 6000
+        assert value is not None
+        assert value == value  # no nan
+
+
+# Identity: what counts, and what does not.
+
+
+def test_a_field_spelled_out_at_its_default_does_not_enter_the_hash() -> None:
+    spelled = TrialSpec.model_validate_json(TrialSpec().model_dump_json())
+    assert spelled.model_fields_set > TrialSpec().model_fields_set
+    assert spelled.trial_id() == TrialSpec().trial_id()
+
+
+def test_only_what_the_family_table_filled_in_is_left_of_the_default_spec() -> None:
+    assert json.loads(TrialSpec().canonical_json()) == {
+        "compute": {"precision": "fp32"},
+        "model": {"bos": False},
+        "training": {"epochs": 300, "learning_rate": 0.001},
+    }
+
+
+@pytest.mark.parametrize(
+    "looked_at_or_placed",
+    [
+        {"probes": {"num_held_out": 0}},
+        {"probes": {"epochs": [0, 7]}},
+        {"probes": {"compared_strings": 1}},
+        {"compute": {"device_share": 0.25}},
+    ],
+)
+def test_probes_and_placement_leave_the_trial_id_alone(looked_at_or_placed: dict[str, Any]) -> None:
+    spec = TrialSpec(**looked_at_or_placed)
+    assert spec.trial_id() == TrialSpec().trial_id()
+    assert spec.params() == TrialSpec().params()
+
+
+CHANGES: dict[str, Any] = {
+    "strings": [{"length": 64}, {"alphabet": "greek", "alphabet_size": 24}, {"entropy_bits": 2.0}, {"num_strings": 2},
+                {"entropy_bits": 2.0, "skew": "zipf"}],
+    "model": [{"family": "phi"}, {"bos": True}, {"dropout": 0.1}, {"lora": {}}, {"lora": {"rank": 4}},
+              {"path": "here"}],
+    "training": [{"epochs": 7}, {"learning_rate": 0.1}, {"schedule": "cosine"}, {"optimiser": "sgd"}, {"beta1": 0.8},
+                 {"clip_norm": 0}, {"stop_when": {}}, {"stop_when": {"epochs": 2}}, {"gradient_checkpointing": True},
+                 {"keep_weights": "final"}, {"warmup_steps": 1}, {"weight_decay": 0.1}],
+    "compute": [{"threads": 2}, {"precision": "bf16"}, {"accelerator": "t4", "precision": "fp32"}],
+}  # fmt: skip
+
+
+def test_every_change_to_what_is_trained_has_an_id_of_its_own() -> None:
+    specs = [TrialSpec(**{part: change}) for part, changes in CHANGES.items() for change in changes]
+    specs += [TrialSpec(), TrialSpec(string_seed=1), TrialSpec(model_seed=1), TrialSpec(order_seed=1)]
+    assert len({spec.trial_id() for spec in specs}) == len(specs)
+    assert len({spec.cell_id() for spec in specs}) == len(specs) - 3
+
+
+@pytest.mark.parametrize("alphabet_size", [2, 4, 7, 13, 26])
+@pytest.mark.parametrize("skew", ["one-token", "geometric", "zipf"])
+def test_a_uniform_source_has_one_id_however_it_is_spelled(alphabet_size: int, skew: Any) -> None:
+    plain = TrialSpec(strings=StringsSpec(alphabet_size=alphabet_size))
+    for entropy_bits in (None, math.log2(alphabet_size), math.log2(alphabet_size) - 1e-10):
+        spelled = TrialSpec(
+            strings=StringsSpec(alphabet_size=alphabet_size, entropy_bits=entropy_bits, skew=skew),
+        )
+        assert spelled.trial_id() == plain.trial_id()
+        assert spelled.params() == plain.params() | {"strings.skew": skew}
+        assert spelled.strings.source() == plain.strings.source()
+
+
+def test_almost_uniform_is_not_uniform() -> None:
+    almost = TrialSpec(strings=StringsSpec(entropy_bits=math.log2(26) - 1e-6))
+    assert almost.trial_id() != TrialSpec().trial_id()
+
+
+def test_a_spec_is_frozen_and_can_be_a_key() -> None:
+    spec = TrialSpec()
+    with pytest.raises(ValidationError, match="frozen"):
+        spec.string_seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        spec.training.epochs = 1
+    assert hash(TrialSpec()) == hash(TrialSpec()) != hash(TrialSpec(string_seed=1))
+
+
+# What the family table fills in.
+
+
+PHI_2, GPT2, LLAMA2, OPT = (
+    FAMILIES[family].sizes[size].revision
+    for family, size in (("phi", "2"), ("gpt2", "124m"), ("llama2", "7b"), ("opt", "125m"))
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "epochs", "learning_rate", "bos", "revision"),
+    [
+        ({}, 300, 1e-3, False, None),
+        ({"family": "llama2"}, 300, 1e-3, True, None),
+        ({"family": "opt"}, 300, 1e-3, True, None),
+        ({"size": "1b", "pretrained": True}, 100, 1e-5, False, "step143000"),
+        ({"size": "70m-deduped"}, 300, 1e-5, False, "step143000"),
+        ({"size": "1b", "pretrained": True, "revision": "step1000"}, 100, 1e-5, False, "step1000"),
+        ({"family": "phi", "size": "2", "pretrained": True}, 100, 1e-5, False, PHI_2),
+        ({"family": "gpt2", "size": "124m", "pretrained": True}, 100, 1e-5, False, GPT2),
+        ({"family": "llama2", "size": "7b", "pretrained": True}, 100, 5e-6, True, LLAMA2),
+        ({"family": "opt", "size": "125m", "pretrained": True}, 100, 5e-6, True, OPT),
+        ({"family": "opt", "size": "125m", "pretrained": True, "bos": False}, 100, 5e-6, False, OPT),
+        ({"path": "here"}, 300, 1e-3, False, None),
+        ({"path": "here", "pretrained": True}, 100, 1e-5, False, None),
+    ],
+)
+def test_the_family_table_fills_in_what_a_spec_leaves_open(
+    model: dict[str, Any], epochs: int, learning_rate: float, bos: bool, revision: str | None
+) -> None:
+    spec = TrialSpec(strings=StringsSpec(length=512), model=ModelSpec(**model))
+    assert spec.num_epochs == spec.training.epochs == epochs
+    assert spec.training.learning_rate == learning_rate
+    assert spec.model.bos is bos
+    assert spec.model.revision == revision
+
+
+def test_what_a_spec_states_is_never_filled_in() -> None:
+    stated = TrialSpec(model=ModelSpec(family="opt", bos=False), training=TrainingSpec(epochs=3, learning_rate=0.5))
+    assert (stated.num_epochs, stated.training.learning_rate, stated.model.bos) == (3, 0.5, False)
+
+
+def test_two_specs_made_of_one_part_do_not_share_what_is_filled_in() -> None:
+    training = TrainingSpec(schedule="constant")
+    assert TrialSpec(training=training).num_epochs == 300
+    assert TrialSpec(training=training, model=ModelSpec(size="1b", pretrained=True)).num_epochs == 100
+    assert training.epochs is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "precision"),
+    [({}, "fp32"), ({"accelerator": "h200"}, "bf16"), ({"accelerator": "h200", "precision": "fp32"}, "fp32")],
+)
+def test_the_precision_follows_from_the_device_unless_it_is_stated(fields: dict[str, Any], precision: str) -> None:
+    assert ComputeSpec(**fields).precision == precision
+
+
+@pytest.mark.parametrize(
+    ("num_strings", "strings_per_step", "steps"), [(1, 1, 1), (8, 1, 8), (8, 4, 2), (8, 0, 1), (8, 8, 1)]
+)
+def test_an_epoch_has_as_many_steps_as_it_takes_to_see_every_string(
+    num_strings: int, strings_per_step: int, steps: int
+) -> None:
+    spec = TrialSpec(
+        strings=StringsSpec(num_strings=num_strings), training=TrainingSpec(strings_per_step=strings_per_step)
+    )
+    assert spec.steps_per_epoch == steps
+
+
+# The flattened spec.
+
+
+def test_params_are_bare_numbers_and_none_where_nothing_applies() -> None:
+    params = TrialSpec(strings=StringsSpec(alphabet_size=7, length=256)).params()
+    assert params["strings.alphabet_size"] == 7
+    assert params["strings.entropy_bits"] == round(math.log2(7), 6)
+    assert params["training.learning_rate"] == 0.001
+    assert params["model.pretrained"] is False
+    assert list(params) == sorted(params)
+    assert {name for name, value in params.items() if value == "none"} == {
+        "model.lora.alpha", "model.lora.dropout", "model.lora.rank", "model.lora.target_modules", "model.path",
+        "model.revision", "training.keep_weights", "training.momentum", "training.stop_when.at_least",
+        "training.stop_when.epochs", "training.stop_when.metric",
+    }  # fmt: skip
+
+
+def test_params_of_adapters_criteria_and_skews_are_their_values() -> None:
+    params = TrialSpec(
+        strings=StringsSpec(entropy_bits=2.0),
+        model=ModelSpec(lora=LoraSpec(target_modules=("query_key_value", "dense"))),
+        training=TrainingSpec(stop_when=StopWhen(at_least=0.99), optimiser="sgd"),
+    ).params()
+    assert params.keys() == TrialSpec().params().keys()
+    assert params["model.lora.rank"] == 8
+    assert params["model.lora.target_modules"] == "query_key_value,dense"
+    assert params["training.stop_when.at_least"] == 0.99
+    assert (params["strings.entropy_bits"], params["strings.skew"]) == (2.0, "one-token")
+    assert (params["training.beta1"], params["training.momentum"]) == ("none", 0.0)
+
+
+def test_params_hold_every_field_of_what_is_trained() -> None:
+    expected = {"string_seed", "model_seed", "order_seed"}
+    parts: dict[str, type[Part]] = {"strings": StringsSpec, "model": ModelSpec, "training": TrainingSpec,
+             "compute": ComputeSpec, "model.lora": LoraSpec, "training.stop_when": StopWhen}  # fmt: skip
+    for name, part in parts.items():
+        expected |= {f"{name}.{field}" for field in part.model_fields}
+    expected -= {"model.lora", "training.stop_when", "compute.device_share"}
+    assert TrialSpec().params().keys() == expected
+
+
+def test_a_param_that_mlflow_would_refuse_is_shortened_and_stays_distinct() -> None:
+    names = tuple(f"gpt_neox.layers.{k}.attention.query_key_value" for k in range(200))
+    params = [
+        TrialSpec(model=ModelSpec(lora=LoraSpec(target_modules=each))).params()["model.lora.target_modules"]
+        for each in (names, names[:-1], names[:-2])
+    ]
+    assert max(len(str(value)) for value in params) <= 6000
+    assert len(set(params)) == 3
+
+
+# What is refused: each sentence says what must hold, what was found, and what to do.
+
+REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "too many symbols": (
+        {"strings": {"alphabet": "digits", "alphabet_size": 11}},
+        ["alphabet 'digits' has 10 symbols", "alphabet_size is 11", "take fewer symbols or another alphabet"],
+    ),
+    "more vocabulary than the character tokenizer has": (
+        {"strings": {"alphabet": "vocabulary", "alphabet_size": 184}},
+        ["at most the 183 ordinary tokens of pythia tiny", "alphabet_size is 184", "lower it"],
+    ),
+    "more vocabulary than a public model has": (
+        {"strings": {"alphabet": "vocabulary", "alphabet_size": 60000}, "model": {"size": "70m"}},
+        ["at most the 50304 ordinary tokens of pythia 70m", "alphabet_size is 60000", "take another model"],
+    ),
+    "an entropy that no distribution has": (
+        {"strings": {"alphabet_size": 4, "entropy_bits": 2.1}},
+        ["0 < entropy_bits <= log2(alphabet_size) must hold", "entropy_bits=2.1", "lower the entropy"],
+    ),
+    "an entropy of nothing": ({"strings": {"entropy_bits": 0}}, ["0 < entropy_bits", "got entropy_bits=0.0"]),
+    "an infinite entropy": ({"strings": {"entropy_bits": math.inf}}, ["finite number"]),
+    "an unknown family": (
+        {"model": {"family": "pythai"}},
+        ["unknown model family 'pythai'; did you mean 'pythia'? families: gpt2, llama2, opt, phi, pythia"],
+    ),
+    "an unknown size": (
+        {"model": {"size": "1.4B"}},
+        ["unknown size of pythia '1.4B'", "did you mean '1.4b'?", "sizes: tiny"],
+    ),
+    "published weights of a size without any": (
+        {"model": {"pretrained": True}},
+        ["has no published weights", "pretrained=True", "name a public size or a path"],
+    ),
+    "a revision of a size without a repository": (
+        {"model": {"revision": "step1000"}},
+        ["has no published weights", "revision='step1000'", "name a public size or a path"],
+    ),
+    "a revision of a directory": (
+        {"model": {"path": "here", "revision": "step1000"}},
+        ["a revision belongs to the hub", "path='here'", "leave out revision or path"],
+    ),
+    "adapters of nothing": ({"model": {"lora": {"target_modules": []}}}, ["at least 1 item"]),
+    "a dropout of everything": ({"model": {"dropout": 1.0}}, ["less than 1"]),
+    "an unread setting of the other optimiser": (
+        {"training": {"momentum": 0.9}},
+        ["momentum must keep the default under optimiser='adamw'", "leave it out, or take optimiser='sgd'"],
+    ),
+    "unread settings of AdamW": (
+        {"training": {"optimiser": "sgd", "beta1": 0.8, "eps": 1e-6}},
+        ["beta1, eps must keep the default under optimiser='sgd'", "take optimiser='adamw'"],
+    ),
+    "a criterion on what held-out strings decide": (
+        {"training": {"stop_when": {"metric": "recall/robust"}}},
+        ["'recall/token_accuracy', 'recall/corrected_accuracy'"],
+    ),
+    "an unknown accelerator": (
+        {"compute": {"accelerator": "h100"}},
+        ["unknown accelerator 'h100'", "did you mean 'h200'?", "a100-80gb"],
+    ),
+    "more than one device a trial": ({"compute": {"device_share": 2}}, ["less than or equal to 1"]),
+    "probe epochs out of order": ({"probes": {"epochs": [3, 1]}}, ["must ascend without repetition", "[3, 1]"]),
+    "probe epochs twice": ({"probes": {"epochs": [1, 1]}}, ["must ascend without repetition"]),
+    "more compared strings than there are": (
+        {"probes": {"compared_strings": 2}},
+        ["at most strings.num_strings", "2 > 1", "compare fewer strings"],
+    ),
+    "a string beyond the context": (
+        {"strings": {"length": 2049}},
+        ["reads at most 2048 tokens", "strings.length=2049", "needs 2049", "shorten the strings"],
+    ),
+    "a BOS beyond the context": (
+        {"strings": {"length": 2048}, "model": {"bos": True}},
+        ["reads at most 2048 tokens", "bos=True needs 2049"],
+    ),
+    "a step that does not divide the strings": (
+        {"strings": {"num_strings": 8}, "training": {"strings_per_step": 3}},
+        ["strings_per_step must divide strings.num_strings", "got 3 and 8", "take a divisor, or 0"],
+    ),
+    "a step of more strings than there are": (
+        {"training": {"strings_per_step": 2}},
+        ["strings_per_step must divide strings.num_strings", "got 2 and 1"],
+    ),
+    "a forward pass that does not divide the step": (
+        {"strings": {"num_strings": 8}, "training": {"strings_per_step": 4, "strings_per_forward": 3}},
+        ["strings_per_forward must divide the 4 strings of a step", "got 3", "take a divisor, or 0"],
+    ),
+    "a seed beyond 32 bits": ({"string_seed": 2**32}, ["less than 4294967296"]),
+    "a negative seed": ({"order_seed": -1}, ["greater than or equal to 0"]),
+    "a string of one symbol": ({"strings": {"length": 1}}, ["greater than or equal to 2"]),
+    "an unknown part": ({"string": {"length": 64}}, ["Extra inputs are not permitted"]),
+    "an unknown field": ({"strings": {"len": 64}}, ["Extra inputs are not permitted"]),
+    "an unknown field of adapters": ({"model": {"lora": {"r": 8}}}, ["Extra inputs are not permitted"]),
+    "an unknown field of a criterion": ({"training": {"stop_when": {"above": 1}}}, ["Extra inputs are not permitted"]),
+    "an unknown field of the probes": ({"probes": {"epoch": 1}}, ["Extra inputs are not permitted"]),
+    "an unknown field of the device": ({"compute": {"device": "cpu"}}, ["Extra inputs are not permitted"]),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_spec_that_cannot_be_is_refused_with_a_sentence(what: str) -> None:
+    fields, sentences = REFUSED[what]
+    with pytest.raises(ValidationError) as caught:
+        TrialSpec(**fields)
+    for sentence in sentences:
+        assert sentence in str(caught.value)
+
+
+def test_the_longest_strings_that_fit_are_allowed() -> None:
+    TrialSpec(strings=StringsSpec(length=2048))
+    TrialSpec(strings=StringsSpec(length=2047), model=ModelSpec(bos=True))
+    TrialSpec(strings=StringsSpec(length=4095), model=ModelSpec(family="llama2", size="7b"))
+    TrialSpec(strings=StringsSpec(alphabet="vocabulary", alphabet_size=183))
+    TrialSpec(strings=StringsSpec(length=9999), model=ModelSpec(path="its config tells, when it is loaded"))
