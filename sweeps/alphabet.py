@@ -9,10 +9,14 @@ Cost: at tiny scale 5 trials a seed, four seconds each on one core; at paper sca
 symbols over 100 epochs.
 """
 
-from memray.spec import ModelSpec, StringsSpec, TrainingSpec, TrialSpec
+from memray.spec import ComputeSpec, ModelSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.sweep import Scale, Sweep, replicates, vary
 
-PAPER = TrialSpec(model=ModelSpec(size="1b", pretrained=True), strings=StringsSpec(length=1024))
+PAPER = TrialSpec(
+    model=ModelSpec(size="1b", pretrained=True),
+    strings=StringsSpec(length=1024),
+    compute=ComputeSpec(accelerator="h100-80gb"),
+)
 TINY = TrialSpec(strings=StringsSpec(length=256), training=TrainingSpec(epochs=200))
 
 

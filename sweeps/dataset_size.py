@@ -10,7 +10,7 @@ Cost: at tiny scale 10 trials a seed, from two seconds to two minutes on one cor
 Pythia-1B.
 """
 
-from memray.spec import ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
+from memray.spec import ComputeSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.sweep import Scale, Sweep, replicates, vary
 
 PROBES = ProbesSpec(compared_strings=1)
@@ -18,6 +18,7 @@ PAPER = TrialSpec(
     model=ModelSpec(size="1b", pretrained=True),
     strings=StringsSpec(length=1024),
     training=TrainingSpec(epochs=100),
+    compute=ComputeSpec(accelerator="h100-80gb"),
     probes=PROBES,
 )
 TINY = TrialSpec(strings=StringsSpec(length=64), training=TrainingSpec(epochs=60), probes=PROBES)

@@ -5,13 +5,17 @@ to guess, with more symbols or more entropy a symbol, are memorised in fewer epo
 
 Reads: arXiv 2407.19262, the two phases, alphabet size and entropy.
 
-Cost: 21 trials of the tiny Pythia, about two minutes on two CPU cores.
+Cost: 15 trials of the tiny Pythia, about two minutes on two CPU cores.
 """
 
-from memray.spec import ModelSpec, StringsSpec, TrainingSpec, TrialSpec
+from memray.spec import ComputeSpec, ModelSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.sweep import Scale, Sweep, replicates, vary
 
-PAPER = TrialSpec(model=ModelSpec(size="1b", pretrained=True), strings=StringsSpec(length=1024))
+PAPER = TrialSpec(
+    model=ModelSpec(size="1b", pretrained=True),
+    strings=StringsSpec(length=1024),
+    compute=ComputeSpec(accelerator="h100-80gb"),
+)
 TINY = TrialSpec(strings=StringsSpec(length=256), training=TrainingSpec(epochs=200))
 
 CELLS = [

@@ -11,10 +11,14 @@ symbols over 100 epochs.
 
 from typing import Literal
 
-from memray.spec import ModelSpec, StringsSpec, TrainingSpec, TrialSpec
+from memray.spec import ComputeSpec, ModelSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.sweep import Scale, Sweep, replicates, vary
 
-PAPER = TrialSpec(model=ModelSpec(size="1b", pretrained=True), strings=StringsSpec(length=1024))
+PAPER = TrialSpec(
+    model=ModelSpec(size="1b", pretrained=True),
+    strings=StringsSpec(length=1024),
+    compute=ComputeSpec(accelerator="h100-80gb"),
+)
 TINY = TrialSpec(strings=StringsSpec(length=256), training=TrainingSpec(epochs=200))
 
 

