@@ -152,7 +152,7 @@ def run(
     raise typer.Exit(FAILED if outcome.failed else 0)
 
 
-def _mirror(sweep: Sweep, ledger: Any, uri: str, storage: str) -> Any:
+def _mirror(sweep: Sweep, ledger: Any, uri: str, storage: str, *, trusts_notes: bool = True) -> Any:
     from memray.cluster.mirror import Mirror
 
     def write_figures(folder: Path) -> None:
@@ -164,7 +164,7 @@ def _mirror(sweep: Sweep, ledger: Any, uri: str, storage: str) -> Any:
             write_sweep_figure(sweep, frame, folder)
             frame.to_parquet(folder / "results.parquet")
 
-    return Mirror(sweep, ledger, uri, write_figures)
+    return Mirror(sweep, ledger, uri, write_figures, trusts_notes=trusts_notes)
 
 
 def _show_results(sweep: Sweep, storage: str) -> None:
@@ -207,7 +207,7 @@ def sync(
         ledger = _ledger(storage, loaded)
         uri = tracking_uri or default_tracking_uri(storage)
         states = ledger.states(trial.trial_id() for trial in loaded.trials)
-        mirror = _mirror(loaded, ledger, uri, storage)
+        mirror = _mirror(loaded, ledger, uri, storage, trusts_notes=False)
         lag = mirror.finish(failed=sum(state == "failed" for state in states.values()))
     say_where(mirror, uri, lag, sweep, parameters, storage)
     raise typer.Exit(UNREACHABLE if mirror.error is not None else 0)

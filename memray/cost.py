@@ -132,8 +132,7 @@ def cost(spec: TrialSpec) -> Cost:
     backward = 2.0 if spec.model.lora is None else 1.0
     trained = epochs * spec.strings.num_strings
     step_flops = one_pass * (1 + backward + spec.training.gradient_checkpointing)
-    has_dropout = spec.model.dropout > 0 or (spec.model.lora is not None and spec.model.lora.dropout > 0)
-    needs_scoring = spec.steps_per_epoch > 1 or has_dropout
+    needs_scoring = spec.steps_per_epoch > 1 or spec.has_dropout
     scored = num_probes * spec.probes.num_held_out + spec.strings.num_strings * (epochs + 1 if needs_scoring else 1)
     flops = trained * step_flops + scored * one_pass
     peak = device.fp32_flops if spec.compute.precision == "fp32" else device.bf16_flops

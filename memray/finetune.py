@@ -22,9 +22,11 @@ from memray.scoring import (
     body_and_head,
     chunks,
     collect,
+    fp32_logits,
     score,
     score_logits,
     target_states,
+    vocabulary_size,
 )
 from memray.spec import TrainingSpec
 
@@ -202,8 +204,8 @@ class TorchEngine:
         states, target_ids = target_states(body(input_ids=batch.ids).last_hidden_state, batch)
         leaf = states.detach().requires_grad_()
         columns: list[LogitColumns] = []
-        for part in chunks(len(target_ids), int(head.weight.shape[0])):  # type: ignore[union-attr]
-            logits = head(leaf[part]).float()
+        for part in chunks(len(target_ids), vocabulary_size(head)):
+            logits = fp32_logits(head, leaf[part])
             loss = nn.functional.cross_entropy(logits, target_ids[part], reduction="sum") / num_targets
             loss.backward()
             with torch.no_grad():
@@ -249,7 +251,7 @@ class TorchEngine:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         with torch.no_grad():
-            for master, saved in zip(self.masters, state["masters"], strict=False):
+            for master, saved in zip(self.masters if state["masters"] else [], state["masters"], strict=True):
                 master.copy_(saved)
         self.optimiser.load_state_dict(state["optimiser"])
         torch.set_rng_state(state["generator"])

@@ -14,9 +14,8 @@ import pyarrow as pa
 from jaxtyping import Int
 from numpy import ndarray
 
-from memray.measures.phases import DURATIONS, string_phases
+from memray.measures.phases import centre, string_phases
 from memray.measures.recall import Truth, heldout_floor, measure_string, robust
-from memray.measures.statistics import censored_median
 from memray.scoring import TokenScores
 from memray.spec import TrialSpec
 from memray.strings import Source, empirical_entropy_bits, zlib_bits_per_symbol
@@ -174,13 +173,8 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _over_strings(phases: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The trial's phases: medians over its strings, with those that never arrived counted as infinitely late."""
-    merged = {}
-    for key in phases[0]:
-        values = np.array([each[key] for each in phases])
-        # A difference or a rate that is missing is not late: without it nothing is known of the median.
-        merged[key] = censored_median(values) if key in DURATIONS or np.isfinite(values).all() else math.nan
-    return merged
+    """The trial's phases: medians over its strings."""
+    return {key: centre(key, np.array([each[key] for each in phases])) for key in phases[0]}
 
 
 # --- records ---------------------------------------------------------------------------------------------------

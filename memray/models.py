@@ -239,7 +239,7 @@ def _untrained(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 def _pretrained(spec: ModelSpec, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     where, revision = _location(spec)
     if spec.path is not None:
-        _check_directory(Path(where))
+        check_weight_files(Path(where))
     # Without it transformers asks a public service to convert pickled weights, and loads the answer.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     with _readable(where, revision):
@@ -277,7 +277,12 @@ def _filled(config: PreTrainedConfig, dtype: torch.dtype, weights: Mapping[str, 
     return model
 
 
-def _check_directory(directory: Path) -> None:
+def check_weight_files(directory: Path) -> None:
+    """Refuses a directory whose weights are not stored as safetensors.
+
+    Raises:
+        ValueError: If so.
+    """
     names = {path.name for path in directory.iterdir()}
     if not names & {"model.safetensors", "model.safetensors.index.json"}:
         found = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".safetensors", ".gguf")))

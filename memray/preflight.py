@@ -3,6 +3,9 @@
 Everything is looked for before anything is scheduled, and nothing is asked of a network except to download.
 """
 
+import importlib.util
+import json
+from pathlib import Path
 from typing import Any
 
 from memray.cost import check_fits
@@ -26,6 +29,7 @@ def check(sweep: Sweep) -> list[str]:
         key = (model, trial.strings.alphabet, trial.strings.alphabet_size)
         try:
             check_fits(trial)
+            _check_files(trial)
             if key not in encodings:
                 encodings[key] = _encoding_problem(trial, model, notes)
             if problem := encodings[key]:
@@ -36,6 +40,26 @@ def check(sweep: Sweep) -> list[str]:
         lines = [f"{len(problems)} of {len(sweep.trials)} trials of {sweep.name} cannot run:"]
         raise SweepError("\n".join(lines + [f"  {trial_id}: {text}" for trial_id, text in problems.items()]))
     return list(dict.fromkeys(notes))
+
+
+def _check_files(trial: TrialSpec) -> None:
+    """What the family table cannot tell of a directory, and what an option needs."""
+    if trial.model.lora is not None and importlib.util.find_spec("peft") is None:
+        raise ValueError("model.lora needs the package peft, which is not installed; pip install 'memray[lora]'")
+    if trial.model.path is None:
+        return
+    from memray.models import check_weight_files
+
+    config = json.loads((Path(trial.model.path) / "config.json").read_text())  # `check_fits` has read it
+    longest = config.get("max_position_embeddings", config.get("n_positions"))
+    needed = trial.strings.length + bool(trial.model.bos)
+    if longest is not None and needed > longest:
+        raise ValueError(
+            f"the model in {trial.model.path} reads at most {longest} tokens, but strings.length="
+            f"{trial.strings.length} with bos={trial.model.bos} needs {needed}; shorten them or take another model"
+        )
+    if trial.model.pretrained:
+        check_weight_files(Path(trial.model.path))
 
 
 def _encoding_problem(trial: TrialSpec, model: ModelSpec, notes: list[str]) -> str | None:

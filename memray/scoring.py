@@ -182,6 +182,23 @@ def body_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return model.base_model, model.get_output_embeddings()  # type: ignore[return-value, operator]
 
 
+def vocabulary_size(head: nn.Module) -> int:
+    """The number of logits that a head gives."""
+    return int(head.weight.shape[0])  # type: ignore[union-attr, arg-type]
+
+
+def fp32_logits(head: nn.Module, states: Float[Tensor, "targets hidden"]) -> Float[Tensor, "targets vocabulary"]:
+    """The head's logits in fp32, whatever the precision of the model.
+
+    A bf16 product rounds a logit of 16 to the next eighth: two symbols of a small alphabet would often tie, and a tie
+    counts as wrong. Where the head is more than one matrix (adapters), its own forward pass is all there is.
+    """
+    if type(head) is nn.Linear and head.weight.dtype != torch.float32:
+        bias = None if head.bias is None else head.bias.float()
+        return nn.functional.linear(states.float(), head.weight.float(), bias)
+    return head(states).float()
+
+
 @torch.no_grad()
 def score(model: nn.Module, batch: Batch, alphabet: AlphabetIds) -> TokenScores:
     """Scores of one batch from one forward pass.
@@ -191,9 +208,8 @@ def score(model: nn.Module, batch: Batch, alphabet: AlphabetIds) -> TokenScores:
     body, head = body_and_head(model)
     hidden = body(input_ids=batch.ids).last_hidden_state
     states, target_ids = target_states(hidden, batch)
-    vocabulary = head.weight.shape[0]  # type: ignore[union-attr]
     columns = [
-        score_logits(head(states[part]).float(), target_ids[part], alphabet)
-        for part in chunks(len(target_ids), int(vocabulary))
+        score_logits(fp32_logits(head, states[part]), target_ids[part], alphabet)
+        for part in chunks(len(target_ids), vocabulary_size(head))
     ]
     return collect(columns, batch)

@@ -337,6 +337,11 @@ class TrialSpec(Part):
         return self.training.epochs
 
     @property
+    def has_dropout(self) -> bool:
+        """Whether anything is dropped out while the model trains; then a training forward measures nothing."""
+        return self.model.dropout > 0 or (self.model.lora is not None and self.model.lora.dropout > 0)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps an epoch."""
         return self.strings.num_strings // (self.training.strings_per_step or self.strings.num_strings)

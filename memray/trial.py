@@ -126,12 +126,18 @@ def set_device(spec: TrialSpec) -> torch.device:
         ValueError: If this machine has no such device. There is no silent fall-back: it would be another trial.
     """
     torch.set_num_threads(spec.compute.threads)
-    device = torch.device(accelerator(spec.compute.accelerator).device)
+    row = accelerator(spec.compute.accelerator)
+    device = torch.device(row.device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(
                 f"compute.accelerator={spec.compute.accelerator!r} needs a CUDA device, but this machine has none; "
                 "run the trial where there is one, or set compute.accelerator='cpu'"
+            )
+        if row.device_name not in torch.cuda.get_device_name():
+            raise ValueError(
+                f"compute.accelerator={row.name!r} must be the device that the trial runs on, but this machine has "
+                f"{torch.cuda.get_device_name()}: its numbers would stand under the wrong id; name it in the spec"
             )
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -183,14 +189,13 @@ def measure_while_training(spec: TrialSpec, material: Material, engine: Engine) 
             kept[epoch] = engine.snapshot()
 
     stopper = Stopper(spec.training.stop_when, measurer) if spec.training.stop_when else None
-    has_dropout = spec.model.dropout > 0 or (spec.model.lora is not None and spec.model.lora.dropout > 0)
     epochs = finetune(
         engine,
         material.trained,
         spec.training,
         order_seed=spec.order_seed,
         stop=stopper,
-        dropout=has_dropout,
+        dropout=spec.has_dropout,
         before_epoch=look,
     )
     for epoch, scores in epochs:

@@ -21,7 +21,11 @@ TINY = TrialSpec(strings=StringsSpec(length=256), training=TrainingSpec(epochs=2
 
 
 def sweep(
-    *, scale: Scale = "tiny", seeds: int = 5, alphabet_sizes: tuple[int, ...] = (2, 4, 7, 13, 26), family: str = "pythia"
+    *,
+    scale: Scale = "tiny",
+    seeds: int = 5,
+    alphabet_sizes: tuple[int, ...] = (2, 4, 7, 13, 26),
+    family: str = "pythia",
 ) -> Sweep:
     base = PAPER if scale == "paper" else TINY
     return Sweep(

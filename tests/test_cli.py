@@ -166,3 +166,22 @@ def test_an_unknown_trial_is_refused() -> None:
     done = run("trial", "sweeps/alphabet.py", "ffffffffffff")
     assert done.exit_code == 2
     assert "`plan` lists the ids" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ("strings=StringsSpec(length=4096)", "reads at most 2048 tokens, but strings.length=4096"),
+        ("strings=StringsSpec(length=64)", "weights must be stored as safetensors"),
+    ],
+)
+def test_what_a_directory_cannot_do_dies_in_plan(fields: str, sentence: str, tmp_path: Path) -> None:
+    from memray.models import character_tokenizer, load_model
+    from memray.spec import ModelSpec
+
+    load_model(ModelSpec(), seed=0).config.save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    spec = f"TrialSpec(model=ModelSpec(path={str(tmp_path / 'model')!r}, pretrained=True), {fields})"
+    done = run("plan", study(tmp_path, HEAD + f"def sweep(*, scale='tiny', seeds=1):\n    return Sweep([{spec}])\n"))
+    assert done.exit_code == 2
+    assert sentence in done.stderr

@@ -186,3 +186,16 @@ def assert_same_scores(ours: TokenScores, theirs: TokenScores) -> None:
     assert ours.rank.tolist() == theirs.rank.tolist()
     for name in ("log_prob", "log_mass", "margin", "entropy_bits", "kl_bits", "mean_q"):
         assert getattr(ours, name) == pytest.approx(getattr(theirs, name), abs=2e-5), name
+
+
+def test_a_bf16_model_is_scored_from_fp32_logits() -> None:
+    model, batch = model_of("pythia"), batch_of([200])
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16()
+    scores = score(model, batch, UNIFORM)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=batch.ids).last_hidden_state[0, :-1]  # type: ignore[operator]
+        logits = hidden.float() @ model.get_output_embeddings().weight.float().T  # type: ignore[operator]
+    log_prob = logits.log_softmax(1).gather(1, batch.ids[0, 1:, None])[:, 0]
+    assert scores.log_prob == pytest.approx(log_prob.numpy(), abs=1e-5)
+    assert np.mean(scores.argmax == -1) < 0.01

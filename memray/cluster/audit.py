@@ -1,15 +1,16 @@
 """Does what was planned, what the folders hold and what MLflow shows agree? Reads everything, changes nothing."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from mlflow.entities import Run, ViewType
+from mlflow.entities import Metric, Run, ViewType
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from memray.cluster.ledger import Ledger, TrialFolder
-from memray.cluster.tracking import points
+from memray.cluster.tracking import cell_measurements, points
 from memray.measurement import remeasure
 from memray.spec import ProbesSpec, TrialSpec
 from memray.sweep import Sweep
@@ -21,21 +22,36 @@ def audit(sweep: Sweep, ledger: Ledger, tracking_uri: str) -> list[str]:
 
     A trial that is not finished is one difference: the plan says it should be. Folders and runs of trials that the
     plan does not name are none: studies grow and shrink.
+
+    Raises:
+        ConnectionError: If MLflow cannot be reached.
     """
-    client = MlflowClient(tracking_uri)
+    try:
+        return _differences(sweep, ledger, MlflowClient(tracking_uri))
+    except MlflowException as error:
+        raise ConnectionError(f"MLflow must answer at {tracking_uri}, but said: {error}") from error
+
+
+def _differences(sweep: Sweep, ledger: Ledger, client: MlflowClient) -> list[str]:
     experiment = client.get_experiment_by_name(sweep.name)
-    runs: dict[str, list[Run]] = {}
+    runs: dict[tuple[str, str], list[Run]] = {}
     if experiment is not None:
-        found = client.search_runs(
-            [experiment.experiment_id], "tags.`memray.kind` = 'trial'", ViewType.ACTIVE_ONLY, max_results=50_000
-        )
-        for run in found:
-            runs.setdefault(run.data.tags.get("memray.trial_id", ""), []).append(run)
+        for run in client.search_runs([experiment.experiment_id], "", ViewType.ACTIVE_ONLY, max_results=50_000):
+            tags = run.data.tags
+            key = tags.get("memray.trial_id") or tags.get("memray.cell_id") or sweep.name
+            runs.setdefault((tags.get("memray.kind", ""), key), []).append(run)
     differences = []
     for trial in sweep.trials:
-        folder = ledger.trial(trial.trial_id())
-        found = [*_in_ledger(trial, folder), *_in_mlflow(trial, folder, client, runs.get(trial.trial_id(), []))]
+        folder, own = ledger.trial(trial.trial_id()), runs.get(("trial", trial.trial_id()), [])
+        # What the ledger has lost cannot be compared with anything.
+        found = list(_in_ledger(trial, folder)) or list(_in_mlflow(trial, folder, client, own))
         differences += [f"trial {trial.trial_id()}: {each}" for each in found]
+    if not differences:
+        for cell_id, trials in sweep.cells().items():
+            found = _cell(trials, ledger, client, runs.get(("cell", cell_id), []))
+            differences += [f"cell {cell_id}: {each}" for each in found]
+        if len(parents := runs.get(("sweep", sweep.name), [])) != 1:
+            differences.append(f"sweep {sweep.name}: MLflow should have exactly one parent run, but has {len(parents)}")
     return differences
 
 
@@ -46,7 +62,9 @@ def _in_ledger(trial: TrialSpec, folder: TrialFolder) -> Iterator[str]:
         return
     if folder.spec() != trial.canonical_json():
         yield "the folder holds the spec of another trial"
-    yield from (each.partition(": ")[2] for each in folder.verify())
+    if damages := folder.verify():
+        yield from (each.partition(": ")[2] for each in damages)
+        return
     epochs = [each["epoch"] for each in folder.measurements()[0]]
     if epochs != list(range(len(epochs))):
         yield f"its epochs should be 0 to {len(epochs) - 1}, each once, but are {epochs[:20]}"
@@ -65,14 +83,25 @@ def _in_mlflow(trial: TrialSpec, folder: TrialFolder, client: MlflowClient, runs
     for name in sorted(expected.keys() | run.data.params.keys()):
         if expected.get(name) != run.data.params.get(name):
             yield f"param {name} should be {expected.get(name)!r}, but MLflow has {run.data.params.get(name)!r}"
-    yield from _points(folder, client, run)
+    created_ms = folder.created_ms()
+    assert created_ms is not None  # a finished trial was claimed
+    yield from _points(points(folder.measurements()[0], created_ms), client, run)
 
 
-def _points(folder: TrialFolder, client: MlflowClient, run: Run) -> Iterator[str]:
-    expected = Counter(
-        (each.key, each.step, each.timestamp, each.value)
-        for each in points(folder.measurements()[0], folder.created_ms())
-    )
+def _cell(trials: Sequence[TrialSpec], ledger: Ledger, client: MlflowClient, runs: list[Run]) -> Iterator[str]:
+    """A cell run may cover more replicates than this plan names; then only the ledger of all of them could tell."""
+    if len(runs) != 1:
+        yield f"MLflow should have exactly one run of it, but has {len(runs)}"
+        return
+    folders = [ledger.trial(trial.trial_id()) for trial in trials]
+    if len(runs[0].data.tags.get("memray.replicates", "").split(",")) == len(folders):
+        created_ms = min(created_ms for folder in folders if (created_ms := folder.created_ms()) is not None)
+        measurements = cell_measurements([folder.measurements()[0] for folder in folders])
+        yield from _points(points(measurements, created_ms), client, runs[0])
+
+
+def _points(expected_points: Iterable[Metric], client: MlflowClient, run: Run) -> Iterator[str]:
+    expected = Counter((each.key, each.step, each.timestamp, each.value) for each in expected_points)
     keys = {key for key, *_ in expected} | run.data.metrics.keys()
     found = Counter(
         (point.key, point.step, point.timestamp, point.value)

@@ -31,7 +31,7 @@ from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 
 from memray.accelerators import accelerator
-from memray.cluster.ledger import Ledger, State
+from memray.cluster.ledger import AlreadyFinished, Busy, Ledger, State
 from memray.cluster.storage import cluster_claims
 from memray.cluster.weights import start_weights_owner
 from memray.cost import cost
@@ -89,9 +89,27 @@ def connect(address: str | None) -> None:
 
 
 def pending(sweep: Sweep, ledger: Ledger) -> list[TrialSpec]:
-    """The trials that are not finished, in order."""
+    """The trials that are not finished, in order.
+
+    Raises:
+        ValueError: If some were finished under other probes than the sweep's: what was looked at cannot be changed
+            afterwards without a word.
+    """
     states = ledger.states(trial.trial_id() for trial in sweep.trials)
+    finished = [trial for trial in sweep.trials if states[trial.trial_id()] == "finished"]
+    other = [trial.trial_id() for trial in finished if _probes_of(ledger, trial) != trial.probes.probes_id()]
+    if other:
+        raise ValueError(
+            f"a finished trial keeps the probes it was run with, but {len(other)} trials of {sweep.name} were run with "
+            f"others than the study asks for now ({', '.join(other[:5])}{', …' if len(other) > 5 else ''}); restore "
+            "the study's probes, or run it into another --storage"
+        )
     return [trial for trial in sweep.trials if states[trial.trial_id()] != "finished"]
+
+
+def _probes_of(ledger: Ledger, trial: TrialSpec) -> str | None:
+    finished = ledger.trial(trial.trial_id()).finished()
+    return finished.summary.get("probes_id") if finished else None
 
 
 def resources(spec: TrialSpec) -> dict[str, float]:
@@ -102,24 +120,29 @@ def resources(spec: TrialSpec) -> dict[str, float]:
     return asked
 
 
-def concurrency(trials: Sequence[TrialSpec], cluster: Mapping[str, float]) -> int:
-    """How many trials run side by side: as many as the scarcest resource of the cluster holds.
+def concurrency(trials: Sequence[TrialSpec], nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many trials run side by side: as many as the scarcest resource of the nodes holds.
+
+    Args:
+        nodes: The resources of each node, as Ray names them: "CPU", "GPU", "memory" in bytes.
 
     Raises:
-        ValueError: If some trial can never run there: Ray would wait for ever.
+        ValueError: If no node can ever hold some trial: Ray would wait for ever.
     """
     limits = []
     for spec in trials:
         asked = resources(spec)
-        for name, amount in asked.items():
-            if cluster.get(name, 0) < amount:
-                raise ValueError(
-                    f"trial {spec.trial_id()} needs {amount:g} {name}, but the cluster has {cluster.get(name, 0):g}; "
-                    "join a larger cluster, or ask for less in the spec's compute"
-                )
-            limits.append(int(cluster[name] / amount + 1e-9))
-        if "GPU" not in asked and "memory" in cluster:
-            limits.append(max(1, int(cluster["memory"] / 2**30 / cost(spec).peak_gib)))
+        if "GPU" not in asked:
+            asked["memory"] = cost(spec).peak_gib * 2**30
+        held = [min(int(node.get(name, 0) / amount + 1e-9) for name, amount in asked.items()) for node in nodes]
+        if not any(held):
+            needs = ", ".join(f"{amount:.3g} {name}" for name, amount in asked.items())
+            has = "; ".join(", ".join(f"{node.get(name, 0):.3g} {name}" for name in asked) for node in nodes)
+            raise ValueError(
+                f"each trial must fit on one node, but trial {spec.trial_id()} needs {needs}, and the nodes have "
+                f"{has}; join a larger cluster, or ask for less in the spec's compute"
+            )
+        limits.append(sum(held))
     return min(limits)
 
 
@@ -135,37 +158,45 @@ def launch(
     """
     ledger.check_writable()
     remaining = pending(sweep, ledger)
+    deaths: dict[str, str] = {}
     if remaining:
         connect(address)
         try:
             if ledger.needs_claims:
                 ledger.with_claims(cluster_claims())
-            _launch_on_cluster(remaining, ledger, watcher, max_concurrent)
+            deaths = _launch_on_cluster(remaining, ledger, watcher, max_concurrent)
         finally:
             ray.shutdown()
     states = ledger.states(trial.trial_id() for trial in sweep.trials)
     failed = [trial_id for trial_id, state in states.items() if state != "finished"]
     return Outcome(
         finished=tuple(trial_id for trial_id, state in states.items() if state == "finished"),
-        failed={trial_id: ledger.trial(trial_id).failure() or "it left no trace" for trial_id in failed},
+        failed={
+            trial_id: ledger.trial(trial_id).failure() or deaths.get(trial_id, "it left no trace")
+            for trial_id in failed
+        },
     )
 
 
 def _launch_on_cluster(
     remaining: list[TrialSpec], ledger: Ledger, watcher: Watcher, max_concurrent: int | None
-) -> None:
+) -> dict[str, str]:
+    """Runs the trials, and returns what Ray says of those whose folder could not even take the failure."""
     name = uuid.uuid4().hex[:12]
-    side_by_side = concurrency(remaining, ray.cluster_resources())
+    side_by_side = concurrency(remaining, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     side_by_side = min(side_by_side, max_concurrent or side_by_side, len(remaining))
     owner = start_weights_owner() if any(spec.model.pretrained for spec in remaining) else None
     watcher.began(len(remaining), side_by_side)
+    deaths: dict[str, str] = {}
     while remaining:
         announcer = Announcer(ledger, watcher, name)
         run_on_tune(remaining, ledger, name, owner, side_by_side, announcer)
+        deaths |= announcer.deaths
         remaining = [spec for spec in remaining if spec.trial_id() in announcer.busy]
         if remaining:
             watcher.says(next(iter(announcer.busy.values())))
             time.sleep(WAIT_S)
+    return deaths
 
 
 def run_on_tune(
@@ -212,6 +243,7 @@ class Announcer(TrialProgressCallback):
         self.watcher = watcher
         self.launch_name = launch_name
         self.busy: dict[str, str] = {}
+        self.deaths: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks into a snapshot that is never restored
@@ -230,14 +262,15 @@ class Announcer(TrialProgressCallback):
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         trial_id = trial.config["cell"]["trial_id"]
+        said = Path(trial.error_file).read_text() if trial.error_file else "the actor died and Ray gave no reason"
         folder = self.ledger.trial(trial_id)
         if folder.state() not in ("failed", "finished"):
-            self._record_death(folder, trial)
+            spec = TrialSpec.model_validate_json(trial.config["cell"]["spec"])
+            try:
+                # An actor that was killed has left no traceback; what Ray says of it stands in its place.
+                with folder.claim(spec.canonical_json(), self.launch_name) as attempt:
+                    attempt.fail(said)
+            except (Busy, AlreadyFinished, ValueError, OSError) as error:
+                # One folder that cannot be written must not end the sweep, as an error in a callback of Tune's would.
+                self.deaths[trial_id] = f"{said}\n{error}"
         self.watcher.ended(trial_id, folder.state())
-
-    def _record_death(self, folder: Any, trial: Any) -> None:
-        """An actor that was killed has left no traceback; what Ray says of it stands in its place."""
-        said = Path(trial.error_file).read_text() if trial.error_file else "the actor died and Ray gave no reason"
-        spec = TrialSpec.model_validate_json(trial.config["cell"]["spec"])
-        with folder.claim(spec.canonical_json(), self.launch_name) as attempt:
-            attempt.fail(said)

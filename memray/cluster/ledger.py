@@ -354,16 +354,13 @@ class TrialFolder:
         except FileNotFoundError:
             return None
 
-    def created_ms(self) -> int:
+    def created_ms(self) -> int | None:
         """When the trial was first claimed, in milliseconds since 1970; the same for all its attempts.
 
-        Raises:
-            ValueError: If it was never claimed.
+        None if it never was.
         """
         document = self._read_json("created.json")
-        if document is None:
-            raise ValueError(f"trial {self.trial_id} of {self.ledger.sweep} must be claimed before it has a time")
-        return document["created_ms"]
+        return None if document is None else document["created_ms"]
 
     def finished(self) -> Finished | None:
         """What the trial ended with; None while it has not."""

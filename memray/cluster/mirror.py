@@ -44,14 +44,24 @@ class Mirror:
     Args:
         tracking_uri: Of MLflow. It is first contacted from the thread, so that a launch does not wait for it.
         write_figures: Writes the sweep's figures and tables into a folder.
+        trusts_notes: Whether trials that were noted as sent are left alone.
     """
 
-    def __init__(self, sweep: Sweep, ledger: Ledger, tracking_uri: str, write_figures: Callable[[Path], None]) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        ledger: Ledger,
+        tracking_uri: str,
+        write_figures: Callable[[Path], None],
+        *,
+        trusts_notes: bool = True,
+    ) -> None:
         self.sweep = sweep
         self.ledger = ledger
         self.uri = tracking_uri
         self.error: Exception | None = None
         self._write_figures = write_figures
+        self._trusts_notes = trusts_notes
         self._tracker = None
         self._name = uuid.uuid4().hex[:12]
         self._lease = contextlib.ExitStack()
@@ -78,7 +88,9 @@ class Mirror:
             if not self._is_writer:
                 self._lease.enter_context(self.ledger.trial(WRITER).claim("{}", self._name))
                 self._is_writer = True
-            self._tracker = Tracker(self.sweep, self.ledger, self.uri, tags=code_tags())
+            self._tracker = Tracker(
+                self.sweep, self.ledger, self.uri, tags=code_tags(), trusts_notes=self._trusts_notes
+            )
         return self._tracker
 
     def _run(self) -> None:
@@ -110,8 +122,6 @@ class Mirror:
 
         What kept them from being sent is then in `error`.
         """
-        from memray.cluster.tracking import TRACKING_ERRORS
-
         self._is_over = True
         self._wake.set()
         if self._thread.is_alive():
@@ -121,7 +131,7 @@ class Mirror:
             self.error = None
             try:
                 self._send_all(failed)
-            except (Busy, *TRACKING_ERRORS) as error:
+            except Exception as error:  # as in `_run`: training is over and the ledger holds the truth
                 self.error = error
             if not isinstance(self.error, Busy) or time.monotonic() > deadline:
                 break

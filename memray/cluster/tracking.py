@@ -30,14 +30,16 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from memray.cluster.ledger import START, Cursor, Ledger, TrialFolder
-from memray.measures.phases import DURATIONS
-from memray.measures.statistics import censored_median, median_interval
+from memray.measures.phases import DURATIONS, centre
+from memray.measures.statistics import median_interval
 from memray.spec import TrialSpec
 from memray.sweep import Sweep
 
 # MLflow's own limits for one call.
 METRICS_PER_CALL = 1000
 PARAMS_PER_CALL = 100
+# The tag that holds the traceback of a trial that failed.
+FAILURE = "memray.failure"
 TRACKING_ERRORS = (MlflowException, OSError)
 
 
@@ -46,18 +48,27 @@ class Tracker:
 
     Args:
         tags: Set on every trial's run, e.g. the git commit and the versions of packages.
+        trusts_notes: Whether a trial that was noted as sent is left alone; otherwise everything is sent again, which
+            changes nothing that is there.
 
     Raises:
         MlflowException, OSError: If the server cannot be reached (as does every method).
     """
 
     def __init__(
-        self, sweep: Sweep, ledger: Ledger, tracking_uri: str, *, tags: Mapping[str, str] | None = None
+        self,
+        sweep: Sweep,
+        ledger: Ledger,
+        tracking_uri: str,
+        *,
+        tags: Mapping[str, str] | None = None,
+        trusts_notes: bool = True,
     ) -> None:
         self.sweep = sweep
         self.ledger = ledger
         self.uri = tracking_uri
         self.tags = dict(tags or {})
+        self.trusts_notes = trusts_notes
         if tracking_uri.startswith("sqlite:///"):
             Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         self.client = MlflowClient(tracking_uri)
@@ -74,7 +85,8 @@ class Tracker:
         # With SQLite the artifacts stand beside the database; a server decides for itself.
         location = None
         if self.uri.startswith("sqlite:///"):
-            location = (Path(self.uri.removeprefix("sqlite:///")).parent / "mlartifacts" / self.sweep.name).as_uri()
+            folder = Path(self.uri.removeprefix("sqlite:///")).absolute().parent
+            location = (folder / "mlartifacts" / self.sweep.name).as_uri()
         tags = {"mlflow.note.content": self.sweep.question}
         try:
             return self.client.create_experiment(self.sweep.name, artifact_location=location, tags=tags)
@@ -117,12 +129,19 @@ class Tracker:
         """Sends what the folder of a trial holds and the server lacks; True once nothing more can come."""
         folder = self.ledger.trial(trial.trial_id())
         sent = folder.noted("mlflow") or {}
-        is_known = sent.get("uri") == self.uri and ("trial", trial.trial_id()) in self.runs
-        if is_known and sent.get("complete"):
+        run = self.runs.get(("trial", trial.trial_id()))
+        is_known = self.trusts_notes and sent.get("uri") == self.uri and run is not None
+        if is_known and sent.get("complete") and self._has_ended(run):
             return True
         state = folder.state()
-        if state == "planned" and folder.spec() is None:
+        created_ms = folder.created_ms()
+        if created_ms is None:
             return False
+        if run is not None and run.info.start_time != created_ms:
+            # It shows another ledger's attempt at this trial, whose points would stand beside ours.
+            self.client.delete_run(run.info.run_id)
+            del self.runs["trial", trial.trial_id()]
+            is_known = False
         run_id = self._run_id(
             "trial",
             trial.trial_id(),
@@ -133,19 +152,19 @@ class Tracker:
                 "mlflow.parentRunId": self.parent_id,
                 **self.tags,
             },
-            folder.created_ms(),
+            created_ms,
         )
         if not is_known:
             self._log_params(run_id, trial.params())
             folder.note("mlflow", {"uri": self.uri, "run_id": run_id})
-        self._send_points(run_id, folder)
+        self._send_points(run_id, folder, created_ms)
         if state == "finished":
             self._send_tables(run_id, folder)
             self._close(run_id, folder)
             folder.note("mlflow", {"uri": self.uri, "run_id": run_id, "complete": True})
             return True
         if state == "failed":
-            self.client.set_tag(run_id, "memray.failure", (folder.failure() or "")[-4000:])
+            self.client.set_tag(run_id, FAILURE, (folder.failure() or "")[-4000:])
             self.client.set_terminated(run_id, "FAILED")
         return False
 
@@ -154,10 +173,10 @@ class Tracker:
         for begin in range(0, len(entities), PARAMS_PER_CALL):
             self.client.log_batch(run_id, params=entities[begin : begin + PARAMS_PER_CALL])
 
-    def _send_points(self, run_id: str, folder: TrialFolder) -> None:
+    def _send_points(self, run_id: str, folder: TrialFolder, created_ms: int) -> None:
         cursor = self.cursors.get(folder.trial_id, START)
         measurements, end = folder.measurements(cursor)
-        self._log_points(run_id, points(measurements, folder.created_ms()))
+        self._log_points(run_id, points(measurements, created_ms))
         self.cursors[folder.trial_id] = end
 
     def _log_points(self, run_id: str, metrics: Sequence[Metric]) -> None:
@@ -180,7 +199,10 @@ class Tracker:
             **{f"memray.{key}": _tag(value) for key, value in finished.summary.items()},
         }
         self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        if FAILURE in self.client.get_run(run_id).data.tags:
+            self.client.delete_tag(run_id, FAILURE)  # of an earlier attempt
         self.client.set_terminated(run_id, "FINISHED", end_time=finished.finished_ms)
+        self.ended.add(run_id)
 
     # --- cells ---------------------------------------------------------------------------------------------
 
@@ -194,27 +216,27 @@ class Tracker:
         finished = [each for each in (folder.finished() for folder in folders) if each is not None]
         if len(finished) < len(trials):
             return
-        digests = sorted(each.measurements_sha256 for each in finished)
-        digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+        replicates = sorted(each.measurements_sha256[:16] for each in finished)
         old = self.runs.get(("cell", cell_id))
         if old is not None:
-            if old.data.tags.get("memray.replicates") == digest and self._has_ended(old):
+            # A run over these replicates and more is left alone: the study was asked for with fewer seeds this time.
+            if set(replicates) <= set(old.data.tags.get("memray.replicates", "").split(",")) and self._has_ended(old):
                 return
             self.client.delete_run(old.info.run_id)
             del self.runs["cell", cell_id]
-        self._send_cell(cell_id, trials, folders, digest)
+        self._send_cell(cell_id, trials, folders, ",".join(replicates))
 
     def _has_ended(self, run: Run) -> bool:
         """Whether a run was sent to its end; what a launch that was killed left is begun anew."""
         return run.info.run_id in self.ended or run.info.status == "FINISHED"
 
     def _send_cell(
-        self, cell_id: str, trials: Sequence[TrialSpec], folders: Sequence[TrialFolder], digest: str
+        self, cell_id: str, trials: Sequence[TrialSpec], folders: Sequence[TrialFolder], replicates: str
     ) -> None:
-        created_ms = min(folder.created_ms() for folder in folders)
+        created_ms = min(created_ms for folder in folders if (created_ms := folder.created_ms()) is not None)
         tags = {
             "memray.cell_id": cell_id,
-            "memray.replicates": digest,
+            "memray.replicates": replicates,
             "mlflow.parentRunId": self.parent_id,
             **self.tags,
         }
@@ -247,10 +269,6 @@ class Tracker:
         if parent.info.status != status:
             self.client.set_terminated(self.parent_id, status)
 
-    def lag(self, trials: Iterable[TrialSpec]) -> int:
-        """How many finished trials the server does not hold completely."""
-        return sum(not (self.ledger.trial(trial.trial_id()).noted("mlflow") or {}).get("complete") for trial in trials)
-
 
 def trial_name(trial: TrialSpec, varying: Sequence[str]) -> str:
     """What tells a trial from the others of its sweep, for people."""
@@ -282,7 +300,8 @@ def cell_measurements(replicates: Sequence[Sequence[Mapping[str, Any]]]) -> list
         present = by_epoch[epoch]
         metrics: dict[str, float] = {}
         if len(present) == len(replicates):
-            for key in dict.fromkeys(key for each in present for key in each):
+            # The phases stand at each replicate's own last epoch, which `stop_when` may have moved: see below.
+            for key in dict.fromkeys(key for each in present for key in each if not key.startswith("phase/")):
                 metrics |= _over_replicates(key, np.array([each.get(key, np.nan) for each in present]))
         merged.append({"epoch": epoch, "metrics": metrics})
     last = [records[-1]["metrics"] for records in replicates if records]
@@ -293,13 +312,15 @@ def cell_measurements(replicates: Sequence[Sequence[Mapping[str, Any]]]) -> list
 
 
 def _over_replicates(key: str, values: np.ndarray) -> dict[str, float]:
+    if key not in DURATIONS and not np.isfinite(values).all():
+        return {}
     low, high = median_interval(values)
-    found = {key: censored_median(values), f"{key}/low": low, f"{key}/high": high}
+    found = {key: centre(key, values), f"{key}/low": low, f"{key}/high": high}
     return {name: float(value) for name, value in found.items() if np.isfinite(value)}
 
 
 def _last_of_all(last: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The phases: they stand at each replicate's own last epoch, which `stop_when` may have moved."""
+    """The phases of all replicates."""
     keys = dict.fromkeys(key for each in last for key in each if key.startswith("phase/"))
     merged: dict[str, float] = {}
     for key in keys:

@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
+from memray.measures.statistics import censored_median
+
 ROBUST_PERCENTS = (25, 50, 75, 90)
 ACCURACY_PERCENTS = (50, 90, 99)
 
@@ -24,6 +26,15 @@ DURATIONS = (
     *(f"phase/epochs_to_robust_{percent}" for percent in ROBUST_PERCENTS),
     *(f"phase/epochs_to_accuracy_{percent}" for percent in ACCURACY_PERCENTS),
 )
+
+
+def centre(key: str, values: Float[ndarray, " replicates"]) -> float:
+    """The median of one measure over strings or replicates; nan where it is censored or unknown.
+
+    A duration that is missing was not reached: it counts as infinitely late. Any other measure that is missing is
+    undefined, and without it nothing is known of the median.
+    """
+    return censored_median(values) if key in DURATIONS or bool(np.isfinite(values).all()) else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,42 @@
+"""What fits side by side, and what is refused before Ray would wait for ever."""
+
+import pytest
+
+from memray.cluster.launch import concurrency, resources
+from memray.spec import ComputeSpec, StringsSpec, TrialSpec
+
+GIB = 2**30
+
+
+def trial(**compute: object) -> TrialSpec:
+    return TrialSpec(strings=StringsSpec(length=64), compute=ComputeSpec(**compute))  # type: ignore[arg-type]
+
+
+def test_cores_limit_trials_on_the_cpu() -> None:
+    node = {"CPU": 8.0, "memory": 64.0 * GIB}
+    assert concurrency([trial()], [node]) == 8
+    assert concurrency([trial(threads=3)], [node]) == 2
+    assert concurrency([trial(), trial(threads=3)], [node]) == 2
+
+
+def test_memory_limits_trials_on_the_cpu() -> None:
+    assert concurrency([trial()], [{"CPU": 64.0, "memory": 2.0 * GIB}]) < 5
+
+
+def test_shares_of_a_device_count() -> None:
+    node = {"CPU": 64.0, "GPU": 2.0, "memory": 64.0 * GIB}
+    assert concurrency([trial(accelerator="h200")], [node]) == 2
+    assert concurrency([trial(accelerator="h200", device_share=0.25)], [node]) == 8
+    assert resources(trial(accelerator="h200", device_share=0.25)) == {"CPU": 1.0, "GPU": 0.25}
+
+
+def test_nodes_add_up_but_no_trial_spans_two() -> None:
+    nodes = [{"CPU": 4.0, "memory": 64.0 * GIB}] * 4
+    assert concurrency([trial(threads=2)], nodes) == 8
+    with pytest.raises(ValueError, match=r"each trial must fit on one node, but trial .* needs 8 CPU"):
+        concurrency([trial(threads=8)], nodes)
+
+
+def test_a_trial_that_no_node_can_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"needs 1 CPU, 1 GPU, and the nodes have 8 CPU, 0 GPU"):
+        concurrency([trial(accelerator="h200")], [{"CPU": 8.0, "memory": 64.0 * GIB}])

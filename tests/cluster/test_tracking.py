@@ -1,0 +1,54 @@
+"""Cells: medians over replicates, where a censored one is late and an undefined one is unknown."""
+
+from memray.cluster.tracking import cell_measurements, points
+
+
+def replicate(*metrics: dict[str, float]) -> list[dict]:
+    return [{"epoch": epoch, "metrics": each} for epoch, each in enumerate(metrics)]
+
+
+def test_a_cell_is_the_median_of_its_replicates_with_their_range() -> None:
+    merged = cell_measurements([replicate({"recall/robust": value}) for value in (0.1, 0.5, 0.2)])
+    assert merged[0]["metrics"]["recall/robust"] == 0.2
+    assert merged[0]["metrics"]["recall/robust/low"] == 0.1
+    assert merged[0]["metrics"]["recall/robust/high"] == 0.5
+    assert merged[0]["metrics"]["cell/replicates"] == 3
+
+
+def test_a_replicate_that_never_arrived_is_late_and_counted() -> None:
+    key = "phase/epochs_to_robust_50"
+    (merged,) = cell_measurements([replicate({key: 40.0}), replicate({key: 60.0}), replicate({})])
+    assert merged["metrics"][key] == 60.0
+    assert merged["metrics"][f"{key}/low"] == 40.0
+    assert f"{key}/high" not in merged["metrics"]
+    assert merged["metrics"][f"{key}/censored"] == 1
+
+
+def test_a_cell_whose_median_never_arrived_has_none() -> None:
+    key = "phase/epochs_to_robust_50"
+    (merged,) = cell_measurements([replicate({key: 40.0}), replicate({}), replicate({})])
+    assert key not in merged["metrics"]
+    assert merged["metrics"][f"{key}/low"] == 40.0
+    assert merged["metrics"][f"{key}/censored"] == 2
+
+
+def test_what_is_undefined_for_one_replicate_is_unknown_for_the_cell() -> None:
+    (merged,) = cell_measurements([replicate({"phase/plateau": 3.0, "phase/bits_per_step": 9.0}), replicate({})])
+    assert not any(key.startswith(("phase/plateau", "phase/bits_per_step")) for key in merged["metrics"])
+
+
+def test_phases_stand_at_the_last_epoch_and_curves_end_with_the_shortest_replicate() -> None:
+    key = "phase/memorisation"
+    short = replicate({"recall/nll_nats": 3.0}, {"recall/nll_nats": 1.0, key: 1.0})
+    long = replicate({"recall/nll_nats": 3.0}, {"recall/nll_nats": 2.0}, {"recall/nll_nats": 1.0, key: 2.0})
+    merged = cell_measurements([short, long])
+    assert [each["metrics"]["recall/nll_nats"] for each in merged[:2]] == [3.0, 1.5]
+    assert "recall/nll_nats" not in merged[2]["metrics"]
+    assert merged[2]["metrics"][key] == 1.5
+    assert not any(k.startswith("phase/") for each in merged[:2] for k in each["metrics"])
+
+
+def test_points_carry_times_that_derive_from_their_epoch() -> None:
+    first, second = points(replicate({"recall/robust": 0.1}, {"recall/robust": 0.2}), created_ms=5_000)
+    assert (first.step, first.timestamp, first.value) == (0, 5_000, 0.1)
+    assert (second.step, second.timestamp, second.value) == (1, 6_000, 0.2)
