@@ -85,7 +85,7 @@ def test_the_size_of_a_chunk_changes_no_score(pythia: nn.Module, monkeypatch: py
 def test_the_head_never_makes_a_full_array_of_logits(pythia: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "LOGITS_PER_CHUNK", 187 * 7)
     largest = []
-    hook = pythia.get_output_embeddings().register_forward_hook(lambda *call: largest.append(len(call[2])))
+    hook = pythia.get_output_embeddings().register_forward_hook(lambda *call: largest.append(len(call[2])))  # type: ignore[operator]
     score(pythia, batch_of([25, 25]), UNIFORM)
     hook.remove()
     assert max(largest) == 7

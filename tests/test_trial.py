@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ def _threads() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def changed(changes: dict[str, object], base: TrialSpec = SHORT) -> TrialSpec:
+def changed(changes: Mapping[str, object], base: TrialSpec = SHORT) -> TrialSpec:
     spec = vary(base, changes)
     assert isinstance(spec, TrialSpec), spec
     return spec

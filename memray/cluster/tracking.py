@@ -130,9 +130,11 @@ class Tracker:
         folder = self.ledger.trial(trial.trial_id())
         sent = folder.noted("mlflow") or {}
         run = self.runs.get(("trial", trial.trial_id()))
-        is_known = self.trusts_notes and sent.get("uri") == self.uri and run is not None
-        if is_known and sent.get("complete") and self._has_ended(run):
-            return True
+        is_known = False
+        if self.trusts_notes and run is not None and sent.get("uri") == self.uri:
+            if sent.get("complete") and self._has_ended(run):
+                return True
+            is_known = True
         state = folder.state()
         created_ms = folder.created_ms()
         if created_ms is None:
