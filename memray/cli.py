@@ -6,7 +6,6 @@ spec, 3 the cluster or the storage cannot be reached.
 
 import contextlib
 import json
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +36,6 @@ TrackingUri = Annotated[
 
 def main() -> None:
     """Runs the command line."""
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     app()
 
 
