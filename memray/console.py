@@ -68,12 +68,12 @@ def say_where(mirror: Any, uri: str, lag: int, sweep: str, parameters: list[str]
             markup=False,
         )
         return
-    page = f"/#/experiments/{mirror.page}/runs?compareRunsMode=CHART"
+    server = uri
     if uri.startswith("sqlite"):
-        out.print(f"Compare the runs: mlflow server --backend-store-uri {uri} --host 127.0.0.1 --port 5000")
-        out.print(f"and open http://127.0.0.1:5000{page}")
-    else:
-        out.print(f"Compare the runs: {uri}{page}")
+        server = "http://127.0.0.1:5000"
+        out.print(f"MLflow: mlflow server --backend-store-uri {uri} --host 127.0.0.1 --port 5000", soft_wrap=True)
+    for what, page in mirror.pages().items():
+        out.print(f"{what}: {server}{page}", soft_wrap=True, markup=False)
 
 
 class Watching:

@@ -149,10 +149,9 @@ class Mirror:
             tracker.send_cell(cell_id)
         tracker.close(self._write_figures, failed=failed)
 
-    @property
-    def page(self) -> str | None:
-        """The experiment's number in MLflow; None if the server was never reached."""
-        return None if self._tracker is None else self._tracker.experiment_id
+    def pages(self) -> dict[str, str]:
+        """Where to look in MLflow; nothing if it was never reached."""
+        return {} if self._tracker is None else self._tracker.pages()
 
 
 def code_tags() -> dict[str, str]:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 # Set before the import: two retries instead of minutes of them, and no word to anybody.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -39,6 +40,8 @@ from memray.sweep import Sweep
 # MLflow's own limits for one call.
 METRICS_PER_CALL = 1000
 PARAMS_PER_CALL = 100
+# Lines that a chart can bear, and runs that a link can name.
+CELLS_PER_PAGE = 20
 # The tag that holds the traceback of a trial that failed.
 FAILURE = "memray.failure"
 TRACKING_ERRORS = (MlflowException, OSError)
@@ -271,6 +274,23 @@ class Tracker:
         status = "FAILED" if failed else "FINISHED"
         if parent.info.status != status:
             self.client.set_terminated(self.parent_id, status)
+
+    def pages(self) -> dict[str, str]:
+        """Where to look in MLflow, by what is seen there; paths below the server's address.
+
+        The page of all runs shows the parent alone until it is unfolded, so the cells' curves have a page of their own.
+        """
+        pages = {"all runs (unfold the sweep's)": f"/#/experiments/{self.experiment_id}/runs?compareRunsMode=CHART"}
+        cells = [
+            self.runs["cell", cell_id].info.run_id for cell_id in self.sweep.cells() if ("cell", cell_id) in self.runs
+        ]
+        if cells:
+            key = "recall/robust"
+            query = {"runs": cells[:CELLS_PER_PAGE], "metric": key, "experiments": [self.experiment_id],
+                     "plot_metric_keys": [key]}  # fmt: skip
+            encoded = urlencode({name: json.dumps(value, separators=(",", ":")) for name, value in query.items()})
+            pages = {f"{key} by epoch, a line a cell": f"/#/metric?{encoded}"} | pages
+        return pages
 
 
 def trial_name(trial: TrialSpec, varying: Sequence[str]) -> str:

@@ -130,6 +130,7 @@ def test_running_a_finished_sweep_again_adds_nothing(finished: Workplace) -> Non
     tables = ("runs", "metrics", "params", "experiments", "latest_metrics")
     before = {table: finished.count(table) for table in tables}
     done = finished.run("run")
+    assert "/#/metric?runs=" in done.stdout
     assert {table: finished.count(table) for table in tables} == before
     assert set(attempts_of(finished).values()) == {1}
     assert "trials to run" not in done.stdout
