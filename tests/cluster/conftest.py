@@ -36,7 +36,7 @@ def sweep(*, scale: Scale = "tiny", seeds: int = 2, alphabet_sizes: tuple[int, .
 
 
 @dataclass
-class Workplace:
+class StudyFolder:
     """A folder with a study and a storage, and the command line run in it."""
 
     folder: Path
@@ -79,19 +79,19 @@ class Workplace:
             return connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
 
 
-def make_workplace(folder: Path, study: str = STUDY) -> Workplace:
+def make_study_folder(folder: Path, study: str = STUDY) -> StudyFolder:
     (folder / "small.py").write_text(study)
-    return Workplace(folder)
+    return StudyFolder(folder)
 
 
 @pytest.fixture
-def workplace(tmp_path: Path) -> Workplace:
-    return make_workplace(tmp_path)
+def study_folder(tmp_path: Path) -> StudyFolder:
+    return make_study_folder(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
     """A sweep of four trials that has been run, on reused actors. Tests read it; one that writes copies it."""
-    made = make_workplace(tmp_path_factory.mktemp("finished"))
+    made = make_study_folder(tmp_path_factory.mktemp("finished"))
     made.run("run", "--max-concurrent", "1")
     return made

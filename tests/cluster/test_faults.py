@@ -14,7 +14,7 @@ from memray.cluster.ledger import Ledger
 from memray.sweep import load
 from memray.trial import run_trial
 
-from .conftest import Workplace
+from .conftest import StudyFolder
 
 pytestmark = pytest.mark.fault
 
@@ -22,12 +22,12 @@ pytestmark = pytest.mark.fault
 LONG = ("-p", "epochs=300")
 
 
-def assert_undisturbed(workplace: Workplace, **parameters: object) -> None:
+def assert_undisturbed(study_folder: StudyFolder, **parameters: object) -> None:
     """Every trial once in the ledger and in MLflow, and bit for bit what one process alone computes."""
-    sweep = load(workplace.folder / workplace.study, **parameters)
-    ledger = Ledger(str(workplace.storage), sweep.name)
-    assert audit(sweep, ledger, f"sqlite:///{workplace.database}") == []
-    assert workplace.count("runs") == 1 + len(sweep.trials) + len(sweep.cells())
+    sweep = load(study_folder.folder / study_folder.study, **parameters)
+    ledger = Ledger(str(study_folder.storage), sweep.name)
+    assert audit(sweep, ledger, f"sqlite:///{study_folder.database}") == []
+    assert study_folder.count("runs") == 1 + len(sweep.trials) + len(sweep.cells())
     for trial in sweep.trials:
         assert [each.record() for each in run_trial(trial)] == ledger.trial(trial.trial_id()).measurements()[0]
 
@@ -40,56 +40,56 @@ def wait_for(condition, seconds: float, process: subprocess.Popen) -> None:
         time.sleep(0.1)
 
 
-def finished_trials(workplace: Workplace) -> list[Path]:
-    return list(workplace.storage.glob("small/*/finished.json"))
+def finished_trials(study_folder: StudyFolder) -> list[Path]:
+    return list(study_folder.storage.glob("small/*/finished.json"))
 
 
-def running_leases(workplace: Workplace) -> list[dict]:
-    leases = [json.loads(path.read_text()) for path in workplace.storage.glob("small/*/leases/*.json")
+def running_leases(study_folder: StudyFolder) -> list[dict]:
+    leases = [json.loads(path.read_text()) for path in study_folder.storage.glob("small/*/leases/*.json")
               if path.parts[-3] != "mlflow-writer" and not (path.parents[1] / "finished.json").exists()]  # fmt: skip
     return [lease for lease in leases if lease["released_s"] is None]
 
 
-def test_a_driver_killed_halfway_is_run_again_without_loss(workplace: Workplace) -> None:
-    process = workplace.start("run", *LONG)
-    wait_for(lambda: len(finished_trials(workplace)) >= 1 and running_leases(workplace), 120, process)
+def test_a_driver_killed_halfway_is_run_again_without_loss(study_folder: StudyFolder) -> None:
+    process = study_folder.start("run", *LONG)
+    wait_for(lambda: len(finished_trials(study_folder)) >= 1 and running_leases(study_folder), 120, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = {path.parent.name: path.read_bytes() for path in finished_trials(workplace)}
+    done = {path.parent.name: path.read_bytes() for path in finished_trials(study_folder)}
     assert 1 <= len(done) < 4
-    workplace.run("run", *LONG)
-    after = {path.parent.name: path.read_bytes() for path in finished_trials(workplace)}
+    study_folder.run("run", *LONG)
+    after = {path.parent.name: path.read_bytes() for path in finished_trials(study_folder)}
     assert done.items() <= after.items()
-    assert_undisturbed(workplace, epochs=300)
+    assert_undisturbed(study_folder, epochs=300)
 
 
-def test_a_driver_killed_while_it_writes_to_mlflow_doubles_nothing(workplace: Workplace) -> None:
-    process = workplace.start("run", "-p", "seeds=1")
-    wait_for(lambda: len(finished_trials(workplace)) == 2, 120, process)
+def test_a_driver_killed_while_it_writes_to_mlflow_doubles_nothing(study_folder: StudyFolder) -> None:
+    process = study_folder.start("run", "-p", "seeds=1")
+    wait_for(lambda: len(finished_trials(study_folder)) == 2, 120, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    workplace.run("run", "-p", "seeds=1")
-    assert_undisturbed(workplace, seeds=1)
+    study_folder.run("run", "-p", "seeds=1")
+    assert_undisturbed(study_folder, seeds=1)
 
 
-def test_a_killed_actor_is_replaced_and_its_trial_done_again(workplace: Workplace) -> None:
-    process = workplace.start("run", *LONG)
-    wait_for(lambda: running_leases(workplace), 120, process)
-    victim = running_leases(workplace)[0]
+def test_a_killed_actor_is_replaced_and_its_trial_done_again(study_folder: StudyFolder) -> None:
+    process = study_folder.start("run", *LONG)
+    wait_for(lambda: running_leases(study_folder), 120, process)
+    victim = running_leases(study_folder)[0]
     os.kill(victim["pid"], signal.SIGKILL)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
-    ledger = Ledger(str(workplace.storage), "small")
-    attempts = [json.loads(path.read_text())["attempt"] for path in finished_trials(workplace)]
+    ledger = Ledger(str(study_folder.storage), "small")
+    attempts = [json.loads(path.read_text())["attempt"] for path in finished_trials(study_folder)]
     assert max(attempts) >= 2
     assert len(ledger.trial_ids()) == 5  # four trials, and the lease of the writer
-    assert_undisturbed(workplace, epochs=300)
+    assert_undisturbed(study_folder, epochs=300)
 
 
-def test_two_overlapping_launches_run_every_trial_once(workplace: Workplace) -> None:
-    launches = [workplace.start("run", *LONG, "--max-concurrent", "1") for _ in range(2)]
+def test_two_overlapping_launches_run_every_trial_once(study_folder: StudyFolder) -> None:
+    launches = [study_folder.start("run", *LONG, "--max-concurrent", "1") for _ in range(2)]
     outputs = [launch.communicate(timeout=280)[0] for launch in launches]
     assert [launch.returncode for launch in launches] == [0, 0], outputs
-    attempts = [json.loads(path.read_text())["attempt"] for path in finished_trials(workplace)]
+    attempts = [json.loads(path.read_text())["attempt"] for path in finished_trials(study_folder)]
     assert attempts == [1, 1, 1, 1]
-    assert_undisturbed(workplace, epochs=300)
+    assert_undisturbed(study_folder, epochs=300)

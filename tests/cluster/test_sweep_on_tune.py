@@ -24,37 +24,37 @@ from memray.cluster.tracking import results
 from memray.sweep import Sweep, load
 from memray.trial import run_trial
 
-from .conftest import STUDY, Workplace, make_workplace
+from .conftest import STUDY, StudyFolder, make_study_folder
 
 
-def sweep_of(workplace: Workplace, **parameters: object) -> Sweep:
-    return load(workplace.folder / workplace.study, **parameters)
+def sweep_of(study_folder: StudyFolder, **parameters: object) -> Sweep:
+    return load(study_folder.folder / study_folder.study, **parameters)
 
 
-def copy_of(finished: Workplace, folder: Path) -> Workplace:
+def copy_of(finished: StudyFolder, folder: Path) -> StudyFolder:
     """The same sweep elsewhere, with an MLflow that knows it by its new place."""
     shutil.copytree(finished.folder, folder, dirs_exist_ok=True)
-    return Workplace(folder)
+    return StudyFolder(folder)
 
 
-def client_of(workplace: Workplace) -> MlflowClient:
-    return MlflowClient(f"sqlite:///{workplace.database}")
+def client_of(study_folder: StudyFolder) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{study_folder.database}")
 
 
-def runs_of(workplace: Workplace, kind: str) -> list:
-    client = client_of(workplace)
+def runs_of(study_folder: StudyFolder, kind: str) -> list:
+    client = client_of(study_folder)
     experiment = client.get_experiment_by_name("small")
     assert experiment is not None
     return list(client.search_runs([experiment.experiment_id], f"tags.`memray.kind` = '{kind}'"))
 
 
-def attempts_of(workplace: Workplace) -> dict[str, int]:
-    ledger = Ledger(str(workplace.storage), "small")
+def attempts_of(study_folder: StudyFolder) -> dict[str, int]:
+    ledger = Ledger(str(study_folder.storage), "small")
     found = {trial_id: ledger.trial(trial_id).finished() for trial_id in ledger.trial_ids()}
     return {trial_id: each.attempt for trial_id, each in found.items() if each}
 
 
-def test_a_sweep_leaves_one_run_a_trial_a_cell_and_a_parent(finished: Workplace) -> None:
+def test_a_sweep_leaves_one_run_a_trial_a_cell_and_a_parent(finished: StudyFolder) -> None:
     sweep = sweep_of(finished)
     trials, cells, parents = (runs_of(finished, kind) for kind in ("trial", "cell", "sweep"))
     assert {run.data.tags["memray.trial_id"] for run in trials} == {trial.trial_id() for trial in sweep.trials}
@@ -66,7 +66,7 @@ def test_a_sweep_leaves_one_run_a_trial_a_cell_and_a_parent(finished: Workplace)
     assert {run.info.status for run in trials + cells + parents} == {"FINISHED"}
 
 
-def test_every_run_carries_the_same_params_and_trials_carry_their_spec(finished: Workplace) -> None:
+def test_every_run_carries_the_same_params_and_trials_carry_their_spec(finished: StudyFolder) -> None:
     by_id = {trial.trial_id(): trial for trial in sweep_of(finished).trials}
     keys = set()
     for run in runs_of(finished, "trial") + runs_of(finished, "cell"):
@@ -76,7 +76,7 @@ def test_every_run_carries_the_same_params_and_trials_carry_their_spec(finished:
     assert len(keys) == 1
 
 
-def test_mlflow_holds_every_measurement_at_its_epoch_once(finished: Workplace) -> None:
+def test_mlflow_holds_every_measurement_at_its_epoch_once(finished: StudyFolder) -> None:
     ledger, client = Ledger(str(finished.storage), "small"), client_of(finished)
     for run in runs_of(finished, "trial"):
         folder = ledger.trial(run.data.tags["memray.trial_id"])
@@ -92,7 +92,7 @@ def test_mlflow_holds_every_measurement_at_its_epoch_once(finished: Workplace) -
         assert {(key, step): value for key, step, value in found} == expected
 
 
-def test_a_cell_shows_the_median_of_its_replicates(finished: Workplace) -> None:
+def test_a_cell_shows_the_median_of_its_replicates(finished: StudyFolder) -> None:
     frame = results(sweep_of(finished), storage=str(finished.storage))
     client = client_of(finished)
     for run in runs_of(finished, "cell"):
@@ -106,7 +106,7 @@ def test_a_cell_shows_the_median_of_its_replicates(finished: Workplace) -> None:
         assert run.data.metrics["phase/epochs_to_robust_90/censored"] == 2
 
 
-def test_tables_and_figures_are_artifacts(finished: Workplace) -> None:
+def test_tables_and_figures_are_artifacts(finished: StudyFolder) -> None:
     client = client_of(finished)
     for run in runs_of(finished, "trial"):
         assert {each.path for each in client.list_artifacts(run.info.run_id)} == {"tokens.parquet", "strings.parquet"}
@@ -116,7 +116,7 @@ def test_tables_and_figures_are_artifacts(finished: Workplace) -> None:
     assert "recall.png" in {each.path for each in client.list_artifacts(parent.info.run_id)}
 
 
-def test_a_trial_gives_the_same_bits_in_a_process_of_its_own_and_in_a_reused_actor(finished: Workplace) -> None:
+def test_a_trial_gives_the_same_bits_in_a_process_of_its_own_and_in_a_reused_actor(finished: StudyFolder) -> None:
     ledger, sweep = Ledger(str(finished.storage), "small"), sweep_of(finished)
     for trial in sweep.trials:
         recorded, _ = ledger.trial(trial.trial_id()).measurements()
@@ -126,7 +126,7 @@ def test_a_trial_gives_the_same_bits_in_a_process_of_its_own_and_in_a_reused_act
     assert [json.loads(line) for line in lines] == ledger.trial(last).measurements()[0]
 
 
-def test_running_a_finished_sweep_again_adds_nothing(finished: Workplace) -> None:
+def test_running_a_finished_sweep_again_adds_nothing(finished: StudyFolder) -> None:
     tables = ("runs", "metrics", "params", "experiments", "latest_metrics")
     before = {table: finished.count(table) for table in tables}
     done = finished.run("run")
@@ -136,13 +136,13 @@ def test_running_a_finished_sweep_again_adds_nothing(finished: Workplace) -> Non
     assert "trials to run" not in done.stdout
 
 
-def test_a_finished_sweep_agrees_with_its_plan_ledger_and_mlflow(finished: Workplace) -> None:
+def test_a_finished_sweep_agrees_with_its_plan_ledger_and_mlflow(finished: StudyFolder) -> None:
     assert "0 differences" in finished.run("audit").stdout
     assert "0 differ" in finished.run("remeasure").stdout
     assert "4 finished, 0 running, 0 failed, 0 planned" in finished.run("status").stdout
 
 
-def test_results_come_alike_from_the_ledger_and_from_mlflow(finished: Workplace) -> None:
+def test_results_come_alike_from_the_ledger_and_from_mlflow(finished: StudyFolder) -> None:
     sweep = sweep_of(finished)
     from_ledger = results(sweep, storage=str(finished.storage))
     from_mlflow = results(sweep, tracking_uri=f"sqlite:///{finished.database}")
@@ -152,41 +152,43 @@ def test_results_come_alike_from_the_ledger_and_from_mlflow(finished: Workplace)
     assert len(left) == 4 * 9
 
 
-def test_a_new_cell_runs_alone_and_a_new_replicate_replaces_its_cell_run(finished: Workplace, tmp_path: Path) -> None:
-    workplace = copy_of(finished, tmp_path)
-    old_cells = {run.info.run_id for run in runs_of(workplace, "cell")}
-    done = workplace.run("run", "-p", "alphabet_sizes=[2,7,26]", "-p", "seeds=2")
+def test_a_new_cell_runs_alone_and_a_new_replicate_replaces_its_cell_run(finished: StudyFolder, tmp_path: Path) -> None:
+    study_folder = copy_of(finished, tmp_path)
+    old_cells = {run.info.run_id for run in runs_of(study_folder, "cell")}
+    done = study_folder.run("run", "-p", "alphabet_sizes=[2,7,26]", "-p", "seeds=2")
     assert "2 trials to run" in done.stdout
-    assert len(runs_of(workplace, "trial")) == 6
-    assert len(runs_of(workplace, "cell")) == 3
-    assert old_cells < {run.info.run_id for run in runs_of(workplace, "cell")}
-    workplace.run("run", "-p", "alphabet_sizes=[2]", "-p", "seeds=3")
-    assert len(runs_of(workplace, "trial")) == 7
-    assert len(runs_of(workplace, "cell")) == 3
-    assert len(old_cells - {run.info.run_id for run in runs_of(workplace, "cell")}) == 1
-    assert set(attempts_of(workplace).values()) == {1}
+    assert len(runs_of(study_folder, "trial")) == 6
+    assert len(runs_of(study_folder, "cell")) == 3
+    assert old_cells < {run.info.run_id for run in runs_of(study_folder, "cell")}
+    study_folder.run("run", "-p", "alphabet_sizes=[2]", "-p", "seeds=3")
+    assert len(runs_of(study_folder, "trial")) == 7
+    assert len(runs_of(study_folder, "cell")) == 3
+    assert len(old_cells - {run.info.run_id for run in runs_of(study_folder, "cell")}) == 1
+    assert set(attempts_of(study_folder).values()) == {1}
 
 
 @pytest.mark.parametrize("what", ["a param", "a metric", "a lost run", "a second run", "the ledger"])
-def test_an_audit_finds_what_was_tampered_with(finished: Workplace, tmp_path: Path, what: str) -> None:
-    workplace = copy_of(finished, tmp_path)
-    run = runs_of(workplace, "trial")[0]
+def test_an_audit_finds_what_was_tampered_with(finished: StudyFolder, tmp_path: Path, what: str) -> None:
+    study_folder = copy_of(finished, tmp_path)
+    run = runs_of(study_folder, "trial")[0]
     trial_id, run_id = run.data.tags["memray.trial_id"], run.info.run_id
     if what == "the ledger":
-        (path, *_) = sorted((workplace.storage / "small" / trial_id / "measurements").iterdir())
+        (path, *_) = sorted((study_folder.storage / "small" / trial_id / "measurements").iterdir())
         path.write_text(re.sub(r'"recall/nll_nats":\d', '"recall/nll_nats":9', path.read_text(), count=1))
     elif what == "a second run":
-        client_of(workplace).create_run(run.info.experiment_id, tags=run.data.tags)
+        client_of(study_folder).create_run(run.info.experiment_id, tags=run.data.tags)
     elif what == "a lost run":
-        client_of(workplace).delete_run(run_id)
+        client_of(study_folder).delete_run(run_id)
     else:
         change = {
             "a param": "UPDATE params SET value = '3' WHERE run_uuid = ? AND key = 'strings.alphabet_size'",
             "a metric": "UPDATE metrics SET value = 0.123 WHERE run_uuid = ? AND step = 3 AND key = 'recall/robust'",
         }[what]
-        with sqlite3.connect(workplace.database) as connection:
+        with sqlite3.connect(study_folder.database) as connection:
             assert connection.execute(change, [run_id]).rowcount == 1
-    differences = audit(sweep_of(workplace), Ledger(str(workplace.storage), "small"), f"sqlite:///{workplace.database}")
+    differences = audit(
+        sweep_of(study_folder), Ledger(str(study_folder.storage), "small"), f"sqlite:///{study_folder.database}"
+    )
     assert differences
     assert all(each.startswith(f"trial {trial_id}: ") for each in differences)
 
@@ -204,16 +206,16 @@ def test_a_sweep_with_a_failing_trial_finishes_the_others_and_leaves_with_1(tmp_
         "        vary(BASE,",
         "        vary(BASE, {'model.pretrained': size == 7, 'model.path': BROKEN if size == 7 else None} |",
     ).replace("def sweep", f"BROKEN = {str(tmp_path / 'broken')!r}\n\n\ndef sweep")
-    workplace = make_workplace(tmp_path, study)
-    done = workplace.run("run", "-p", "seeds=1", expect=1)
+    study_folder = make_study_folder(tmp_path, study)
+    done = study_folder.run("run", "-p", "seeds=1", expect=1)
     assert "failed" in done.stderr
-    assert list(attempts_of(workplace).values()) == [1]
-    status = workplace.run("status", "-p", "seeds=1").stdout
+    assert list(attempts_of(study_folder).values()) == [1]
+    status = study_folder.run("status", "-p", "seeds=1").stdout
     assert "1 finished, 0 running, 1 failed, 0 planned" in status
-    assert sorted(run.info.status for run in runs_of(workplace, "trial")) == ["FAILED", "FINISHED"]
-    (failed,) = [run for run in runs_of(workplace, "trial") if run.info.status == "FAILED"]
+    assert sorted(run.info.status for run in runs_of(study_folder, "trial")) == ["FAILED", "FINISHED"]
+    (failed,) = [run for run in runs_of(study_folder, "trial") if run.info.status == "FAILED"]
     assert "Traceback" in failed.data.tags["memray.failure"]
-    assert "planned, but the ledger says failed" in workplace.run("audit", "-p", "seeds=1", expect=1).stderr
+    assert "planned, but the ledger says failed" in study_folder.run("audit", "-p", "seeds=1", expect=1).stderr
 
 
 def test_pretrained_weights_come_through_the_object_store_with_the_same_bits(tmp_path: Path) -> None:
@@ -226,10 +228,10 @@ def test_pretrained_weights_come_through_the_object_store_with_the_same_bits(tmp
     study = STUDY.replace("TrialSpec(\n", f"TrialSpec(model={model},\n", 1).replace(
         "import Probes", "import ModelSpec, Probes"
     )
-    workplace = make_workplace(tmp_path, study)
-    workplace.run("run", "-p", "seeds=1")
-    ledger = Ledger(str(workplace.storage), "small")
-    for trial in sweep_of(workplace, seeds=1).trials:
+    study_folder = make_study_folder(tmp_path, study)
+    study_folder.run("run", "-p", "seeds=1")
+    ledger = Ledger(str(study_folder.storage), "small")
+    for trial in sweep_of(study_folder, seeds=1).trials:
         assert [each.record() for each in run_trial(trial)] == ledger.trial(trial.trial_id()).measurements()[0]
 
 
@@ -265,29 +267,29 @@ def server(tmp_path: Path) -> Iterator[str]:
         process.wait()
 
 
-def test_a_server_that_was_away_is_caught_up_with(workplace: Workplace, server: str) -> None:
+def test_a_server_that_was_away_is_caught_up_with(study_folder: StudyFolder, server: str) -> None:
     away = "http://127.0.0.1:9"
-    done = workplace.run("run", "-p", "seeds=1", "--tracking-uri", away)
+    done = study_folder.run("run", "-p", "seeds=1", "--tracking-uri", away)
     assert "lacks 2 finished trials" in done.stderr
     assert "sync small.py" in done.stderr
-    workplace.run("sync", "-p", "seeds=1", "--tracking-uri", away, expect=3)
-    workplace.run("sync", "-p", "seeds=1", "--tracking-uri", server)
-    workplace.run("sync", "-p", "seeds=1", "--tracking-uri", server)
-    assert "0 differences" in workplace.run("audit", "-p", "seeds=1", "--tracking-uri", server).stdout
+    study_folder.run("sync", "-p", "seeds=1", "--tracking-uri", away, expect=3)
+    study_folder.run("sync", "-p", "seeds=1", "--tracking-uri", server)
+    study_folder.run("sync", "-p", "seeds=1", "--tracking-uri", server)
+    assert "0 differences" in study_folder.run("audit", "-p", "seeds=1", "--tracking-uri", server).stdout
 
 
-def test_a_cluster_that_cannot_be_reached_leaves_with_3(workplace: Workplace) -> None:
-    assert workplace.run("run", "--address", "127.0.0.1:9", expect=3).stderr.strip()
+def test_a_cluster_that_cannot_be_reached_leaves_with_3(study_folder: StudyFolder) -> None:
+    assert study_folder.run("run", "--address", "127.0.0.1:9", expect=3).stderr.strip()
 
 
-def test_a_storage_that_cannot_be_written_leaves_with_3(workplace: Workplace) -> None:
-    workplace.storage.write_text("this is a file")
-    assert "storage" in workplace.run("run", expect=3).stderr
+def test_a_storage_that_cannot_be_written_leaves_with_3(study_folder: StudyFolder) -> None:
+    study_folder.storage.write_text("this is a file")
+    assert "storage" in study_folder.run("run", expect=3).stderr
 
 
-def test_a_relative_storage_inside_a_ray_job_is_refused(workplace: Workplace) -> None:
-    workplace.environment["RAY_JOB_ID"] = "01000000"
+def test_a_relative_storage_inside_a_ray_job_is_refused(study_folder: StudyFolder) -> None:
+    study_folder.environment["RAY_JOB_ID"] = "01000000"
     command = [sys.executable, "-m", "memray", "run", "small.py", "--storage", "runs"]
-    done = subprocess.run(command, capture_output=True, check=False, **workplace.options())
+    done = subprocess.run(command, capture_output=True, check=False, **study_folder.options())
     assert done.returncode == 2
     assert "the storage must be absolute" in done.stderr
