@@ -504,8 +504,10 @@ def test_a_spec_that_cannot_be_is_refused_with_a_sentence(what: str) -> None:
 
 
 def test_the_longest_strings_that_fit_are_allowed() -> None:
-    TrialSpec(strings=StringsSpec(length=2048))
-    TrialSpec(strings=StringsSpec(length=2047), model=ModelSpec(bos=True))
-    TrialSpec(strings=StringsSpec(length=4095), model=ModelSpec(family="llama2", size="7b"))
-    TrialSpec(strings=StringsSpec(alphabet="vocabulary", alphabet_size=183))
-    TrialSpec(strings=StringsSpec(length=9999), model=ModelSpec(path="its config tells, when it is loaded"))
+    assert TrialSpec(strings=StringsSpec(length=2048)).strings.length == 2048
+    assert TrialSpec(strings=StringsSpec(length=2047), model=ModelSpec(bos=True)).model.bos
+    largest = TrialSpec(strings=StringsSpec(length=4095), model=ModelSpec(family="llama2", size="7b"))
+    assert largest.strings.length + 1 == 4096
+    assert TrialSpec(strings=StringsSpec(alphabet="vocabulary", alphabet_size=183)).strings.alphabet_size == 183
+    by_path = TrialSpec(strings=StringsSpec(length=9999), model=ModelSpec(path="its config tells, when it is loaded"))
+    assert by_path.strings.length == 9999
