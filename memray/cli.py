@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from memray.console import err, out, plan_row, plan_table, say_where, watcher
+from memray.console import err, out, plan_row, plan_table, say_where, watcher, where_probes_run
 from memray.preflight import check, download
 from memray.sweep import Sweep, load
 
@@ -31,6 +31,11 @@ Storage = Annotated[
 ]
 TrackingUri = Annotated[
     str | None, typer.Option(help="MLflow; default MLFLOW_TRACKING_URI, else an SQLite file in the storage")
+]
+MaxConcurrent = Annotated[int | None, typer.Option(min=1, help="Trials side by side at most")]
+ProbeActors = Annotated[
+    int | None,
+    typer.Option(min=0, help="Actors that score snapshots; 0: each trial does; default one for 8 devices, 0 below 3"),
 ]
 
 
@@ -98,6 +103,9 @@ def plan(
             typer.echo(json.dumps(row))
         return
     out.print(plan_table(rows, loaded))
+    for trial_id, why in loaded.placements.items():
+        out.print(f"{trial_id} runs on {why}", markup=False)
+    out.print(where_probes_run(loaded))
     left = [row for row in rows if row["state"] != "finished"]
     out.print(
         f"{len(rows)} trials in {len(loaded.cells())} cells, {len(left)} to run: "
@@ -125,7 +133,8 @@ def run(
     address: Annotated[str | None, typer.Option(help="A Ray cluster; default RAY_ADDRESS, else this machine")] = None,
     storage: Storage = "runs",
     tracking_uri: TrackingUri = None,
-    max_concurrent: Annotated[int | None, typer.Option(min=1, help="Trials side by side at most")] = None,
+    max_concurrent: MaxConcurrent = None,
+    probe_actors: ProbeActors = None,
 ) -> None:
     """Runs what is not finished, shows how it goes, and prints the results and where to look."""
     loaded = _load(sweep, parameters)
@@ -140,13 +149,50 @@ def run(
         mirror = _mirror(loaded, ledger, uri, storage)
         mirror.start()
         with watcher(loaded, mirror) as watching:
-            outcome = launch(loaded, ledger, watching, address=address, max_concurrent=max_concurrent)
+            outcome = launch(
+                loaded, ledger, watching, address=address, max_concurrent=max_concurrent, probe_actors=probe_actors
+            )
         lag = mirror.finish(failed=len(outcome.failed))
     _show_results(loaded, storage)
     for trial_id, why in outcome.failed.items():
         err.print(f"trial {trial_id} failed: {why.strip().splitlines()[-1]}", markup=False)
     say_where(mirror, uri, lag, sweep, parameters, storage)
     raise typer.Exit(FAILED if outcome.failed else 0)
+
+
+@app.command()
+def submit(
+    sweep: SweepFile,
+    address: Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="A cluster's dashboard, http://…:8265")],
+    parameters: Parameters = None,
+    storage: Storage = "runs",
+    tracking_uri: TrackingUri = None,
+    max_concurrent: MaxConcurrent = None,
+    probe_actors: ProbeActors = None,
+) -> None:
+    """Runs a sweep as a Ray job on a cluster, with this folder's files, and follows it to its end."""
+    _load(sweep, parameters)
+    from memray.cluster.submission import entrypoint, runtime_env
+    from memray.cluster.submission import submit as submit_job
+    from memray.cluster.mirror import git_commit
+
+    with _exit_codes():
+        if "://" not in storage and not Path(storage).is_absolute():
+            raise ValueError(
+                f"a job's storage must be absolute, but it is {storage!r}: the job's working directory is a cache that "
+                "Ray deletes; set --storage or MEMRAY_STORAGE to a shared folder or a URI"
+            )
+        options = {"--storage": storage, "--tracking-uri": tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")}
+        options |= {"--max-concurrent": max_concurrent, "--probe-actors": probe_actors}
+        stated = {name: str(value) for name, value in options.items() if value is not None}
+        commit = git_commit()
+        environment = runtime_env({"MEMRAY_GIT_COMMIT": commit} if commit else {})
+        succeeded = submit_job(address, entrypoint(sweep, parameters or [], stated), environment, _say)
+    raise typer.Exit(0 if succeeded else FAILED)
+
+
+def _say(lines: str) -> None:
+    typer.echo(lines, nl=False)
 
 
 def _mirror(sweep: Sweep, ledger: Any, uri: str, storage: str, *, trusts_notes: bool = True) -> Any:

@@ -1,6 +1,7 @@
 """What a person sees: the plan as a table, how a launch goes on, and where to look afterwards."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from memray.cost import cost
+from memray.placement import num_probe_actors
 from memray.spec import TrialSpec
 from memray.sweep import Sweep
 
@@ -28,7 +30,8 @@ def plan_row(trial: TrialSpec, sweep: Sweep, state: str) -> dict[str, Any]:
         "varying": {name: params[name] for name in sweep.varying()},
         "engine": trial.compute.engine,
         "accelerator": trial.compute.accelerator,
-        "devices": trial.compute.device_share,
+        "devices": trial.compute.workers * trial.compute.device_share,
+        "zero_stage": trial.compute.zero_stage if trial.compute.engine == "deepspeed" else None,
         "flops": estimate.flops,
         "peak_gib": round(estimate.peak_gib, 3),
         "device_hours": estimate.device_hours,
@@ -48,14 +51,26 @@ def plan_table(rows: list[dict[str, Any]], sweep: Sweep) -> Table:
         table.add_row(
             row["trial_id"],
             *(str(value) for value in row["varying"].values()),
-            row["engine"],
-            row["accelerator"],
+            row["engine"] if row["zero_stage"] is None else f"{row['engine']}, ZeRO {row['zero_stage']}",
+            row["accelerator"] if row["devices"] == 1 else f"{row['devices']:g} x {row['accelerator']}",
             f"{row['flops']:.2g}",
             f"{row['peak_gib']:.1f}",
             f"{row['device_hours']:.2g}",
             row["state"],
         )
     return table
+
+
+def where_probes_run(sweep: Sweep) -> str:
+    """Who looks at the weights of probe epochs, on a cluster of this machine alone."""
+    on_cpu = all(trial.compute.accelerator == "cpu" for trial in sweep.trials)
+    number = num_probe_actors(os.cpu_count() or 1) if on_cpu else 0
+    if number:
+        return f"On this machine alone, {number} actors score the snapshots of probe epochs, beside the trials."
+    why = f"it has {os.cpu_count()} cores, and actors that score snapshots need three devices" if on_cpu else (
+        "its accelerators are the trials'"
+    )
+    return f"On this machine alone, probes run inside the trials: {why}. On a cluster --probe-actors says how many."
 
 
 def say_where(mirror: Any, uri: str, lag: int, sweep: str, parameters: list[str] | None, storage: str) -> None:

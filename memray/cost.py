@@ -6,6 +6,7 @@ overhead a layer. Tests hold the operations to torch's own counter and the memor
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ TOKENS_PER_SCORING_PASS = 4096
 LOGITS_PER_CHUNK = 2**24
 # Copies of a chunk of fp32 logits that are alive at once: logits, log-probabilities, gradient, sort keys.
 LOGIT_COPIES = 4
+# Elements of the buckets in which DeepSpeed reduces gradients and gathers weights, as the engine configures it.
+BUCKET = 50_000_000
+# Bytes a second between devices, one way: gloo on one machine; NVLink or InfiniBand, cautiously.
+LINK_BYTES_PER_S = {"cpu": 1e9, "cuda": 5e10}
 # Share of the peak rate that matrix products of this size reach.
 EFFICIENCY = {"cpu": 0.5, "cuda": 0.4}
 # Seconds to launch the kernels of one block, forward; a backward pass launches twice as many.
@@ -56,18 +61,20 @@ class Cost:
     """What one trial is expected to take.
 
     Attributes:
-        flops: Floating-point operations, probes included.
-        peak_gib: Peak memory of its device (on the CPU: of its process).
-        seconds: Wall-clock time on one device of the kind that the spec names.
+        flops: Floating-point operations, probes included, all workers together.
+        peak_gib: Peak memory of each of its devices (on the CPU: of each process).
+        seconds: Wall-clock time on devices of the kind that the spec names.
+        workers: How many of them.
     """
 
     flops: float
     peak_gib: float
     seconds: float
+    workers: int = 1
 
     @property
     def device_hours(self) -> float:
-        return self.seconds / 3600
+        return self.seconds * self.workers / 3600
 
 
 def shape(model: ModelSpec) -> Shape:
@@ -134,18 +141,29 @@ def cost(spec: TrialSpec) -> Cost:
     step_flops = one_pass * (1 + backward + spec.training.gradient_checkpointing)
     needs_scoring = spec.steps_per_epoch > 1 or spec.has_dropout
     scored = num_probes * spec.probes.num_held_out + spec.strings.num_strings * (epochs + 1 if needs_scoring else 1)
-    flops = trained * step_flops + scored * one_pass
+    num_steps, workers = epochs * spec.steps_per_epoch, spec.compute.workers
+    # Every worker computes all strings of a step that has fewer of them than workers.
+    trained_by_worker = num_steps * spec.strings_per_worker
+    flops = workers * trained_by_worker * step_flops + scored * one_pass
     peak = device.fp32_flops if spec.compute.precision == "fp32" else device.bf16_flops
-    forwards = 3 * trained / _strings_per_forward(spec) + scored / max(1, TOKENS_PER_SCORING_PASS // tokens)
+    passes = math.ceil(scored / max(1, TOKENS_PER_SCORING_PASS // tokens) / workers)
+    forwards = 3 * trained_by_worker / _strings_per_forward(spec) + passes
     cores = spec.compute.threads if device.device == "cpu" else 1
-    seconds = flops / (peak * cores * EFFICIENCY[device.device])
+    seconds = flops / (peak * cores * workers * EFFICIENCY[device.device])
     seconds += forwards * model.num_layers * LAUNCH_S[device.device]
-    return Cost(flops, _peak_gib(spec, model, device, tokens), seconds)
+    seconds += num_steps * _bytes_told(spec, model) / LINK_BYTES_PER_S[device.device]
+    return Cost(flops, _peak_gib(spec, model, device, tokens), seconds, workers)
+
+
+def _bytes_told(spec: TrialSpec, model: Shape) -> float:
+    """Bytes that a worker sends in a step: gradients are reduced, and weights gathered; ZeRO-3 gathers them twice."""
+    workers, width = spec.compute.workers, 4 if spec.compute.precision == "fp32" else 2
+    rounds = 3 if spec.compute.zero_stage == 3 else 2
+    return rounds * width * model.num_parameters * (workers - 1) / workers
 
 
 def _strings_per_forward(spec: TrialSpec) -> int:
-    training = spec.training
-    return training.strings_per_forward or training.strings_per_step or spec.strings.num_strings
+    return spec.training.strings_per_forward or spec.strings_per_worker
 
 
 def _forward_flops(model: Shape, tokens: int) -> float:
@@ -159,8 +177,11 @@ def _peak_gib(spec: TrialSpec, model: Shape, device: Accelerator, tokens: int) -
     width = 4 if spec.compute.precision == "fp32" else 2
     trained = model.num_parameters if spec.model.lora is None else 0
     moments = {"adamw": 8, "sgd": 4 if spec.training.momentum else 0}[spec.training.optimiser]
-    masters = 0 if width == 4 else 8  # the fp32 weights and their gradients
-    weights = model.num_parameters * width + trained * (width + moments + masters)
+    if spec.compute.engine == "deepspeed":
+        weights = _sharded_bytes(spec, model, trained, width, moments)
+    else:
+        masters = 0 if width == 4 else 8  # the fp32 weights and their gradients
+        weights = model.num_parameters * width + trained * (width + moments + masters)
     loaded = 4 * model.num_parameters  # fp32, whatever it is cast to
     if on_cpu:
         weights += loaded  # the base weights that the model is reset from
@@ -175,6 +196,24 @@ def _peak_gib(spec: TrialSpec, model: Shape, device: Accelerator, tokens: int) -
     return max(loaded, weights + in_forward * saved + logits) / 2**30 + PROCESS_GIB
 
 
+def _sharded_bytes(spec: TrialSpec, model: Shape, trained: int, width: int, moments: int) -> float:
+    """What a worker's device keeps of weights, gradients and the optimiser's state under ZeRO.
+
+    From stage 1 on DeepSpeed keeps an fp32 copy of the weights even at fp32; at bf16 stage 0 has one too, and
+    gradients at fp32.
+    """
+    compute = spec.compute
+    shards = [compute.workers if compute.zero_stage >= stage else 1 for stage in range(4)]
+    masters = 4 if compute.zero_stage or width == 2 else 0
+    state = trained * (moments + masters) / shards[1] if compute.offload == "none" else 0.0
+    if compute.offload != "none" and accelerator(compute.accelerator).device == "cpu":
+        state = trained * (moments + masters) / shards[1]  # the host is the device
+    gradients = trained * (8 if width == 2 and compute.zero_stage == 0 else width) / shards[2]
+    buckets = 2 * width * min(BUCKET, model.num_parameters) if compute.zero_stage else 0
+    weights = 0 if compute.offload == "parameters" else model.num_parameters * width / shards[3]
+    return weights + gradients + state + buckets
+
+
 def check_fits(spec: TrialSpec) -> None:
     """Refuses a trial that its device cannot hold.
 
@@ -182,11 +221,16 @@ def check_fits(spec: TrialSpec) -> None:
         ValueError: If the estimated peak exceeds the share of the device's memory that the trial asks for.
     """
     device = accelerator(spec.compute.accelerator)
-    available = device.memory_gib * (spec.compute.device_share if device.device != "cpu" else 1)
-    needed = cost(spec).peak_gib
+    available, needed = available_gib(spec), cost(spec).peak_gib
     if needed > available:
         raise ValueError(
             f"a trial must fit its device, but {spec.model.family} {spec.model.size} needs about {needed:.1f} GiB and "
-            f"{device.name} offers {available:.1f} GiB; take a larger compute.accelerator, fewer strings a forward "
-            "pass (training.strings_per_forward), training.gradient_checkpointing, or a smaller model"
+            f"{device.name} offers {available:.1f} GiB; take a larger compute.accelerator, more compute.workers, fewer "
+            "strings a forward pass (training.strings_per_forward), training.gradient_checkpointing, or a smaller model"
         )
+
+
+def available_gib(spec: TrialSpec) -> float:
+    """What a device of the kind that the spec names offers a trial."""
+    device = accelerator(spec.compute.accelerator)
+    return device.memory_gib * (spec.compute.device_share if device.device != "cpu" else 1)

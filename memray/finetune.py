@@ -7,6 +7,7 @@ scores go.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -32,6 +33,8 @@ from memray.spec import TrainingSpec
 
 # Strings a scoring pass; a constant, because the batch size moves the last bits of a score.
 TOKENS_PER_SCORING_PASS = 4096
+# The one file of the engine's checkpoints.
+TORCH_CHECKPOINT = "torch.pt"
 
 Stop = Callable[[TokenScores], bool]
 
@@ -40,8 +43,13 @@ Stop = Callable[[TokenScores], bool]
 class Engine(Protocol):
     """The seam between the loop and whatever computes a step, on one device or on many.
 
-    Collective calls are the engine's business alone: every method is called by the loop on every rank.
+    Collective calls are the engine's business alone: every method is called on every rank, in the same order.
+
+    Attributes:
+        is_main: Whether this process is the one that records; true of one of an engine's processes.
     """
+
+    is_main: bool
 
     def step(self, batch: Batch, learning_rate: float, stop: Stop | None = None) -> TokenScores:
         """Scores of the batch under the weights as they are, then one optimiser step on its mean loss.
@@ -51,18 +59,31 @@ class Engine(Protocol):
         ...
 
     def score(self, batch: Batch) -> TokenScores:
-        """Scores of the batch under the weights as they are."""
+        """Scores of any number of strings under the weights as they are, in the passes of :func:`scoring_passes`."""
         ...
 
     def snapshot(self) -> dict[str, ndarray]:
-        """The weights by name, in the type that the forward pass uses; bf16 as the int16 of the same bits."""
+        """The weights by name, in the type that the forward pass uses; bf16 as the int16 of the same bits.
+
+        Empty where the process is not the main one.
+        """
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """Weights, optimiser and generator states: what a resumed trial needs to end bit-identical."""
+    def gather(self, value: Any) -> list[Any]:
+        """What every process says, the main one first: for decisions that hang on a clock or a disk."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def save(self, folder: Path) -> None:
+        """Writes this process's part of a checkpoint: all that a resumed trial needs to end bit-identical."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Continues from a checkpoint whose parts, of all processes, lie in one folder.
+
+        Raises:
+            ValueError: If it is not one of this engine's.
+        """
+        ...
 
 
 def learning_rate(step: int, num_steps: int, training: TrainingSpec) -> float:
@@ -78,11 +99,15 @@ def learning_rate(step: int, num_steps: int, training: TrainingSpec) -> float:
     return training.learning_rate * shape
 
 
-def score_in_passes(engine: Engine, batch: Batch) -> TokenScores:
-    """Scores of any number of strings, a bounded number of tokens at a time."""
-    size = max(1, TOKENS_PER_SCORING_PASS // batch.ids.shape[1])
+def parts(batch: Batch, size: int) -> list[Batch]:
+    """The batch in order, `size` strings at a time."""
     rows = np.arange(len(batch.ids))
-    return TokenScores.concatenate([engine.score(batch.of(rows[k : k + size])) for k in range(0, len(rows), size)])
+    return [batch.of(rows[begin : begin + size]) for begin in range(0, len(rows), size)]
+
+
+def scoring_passes(batch: Batch) -> list[Batch]:
+    """Any number of strings, a bounded number of tokens at a time."""
+    return parts(batch, max(1, TOKENS_PER_SCORING_PASS // batch.ids.shape[1]))
 
 
 def finetune(
@@ -94,13 +119,15 @@ def finetune(
     stop: Stop | None = None,
     dropout: bool = False,
     before_epoch: Callable[[int], None] = lambda epoch: None,
+    first_epoch: int = 0,
 ) -> Iterator[tuple[int, TokenScores]]:
     """Trains on all strings of the batch and yields (epoch, scores of all strings), epoch 0 before training.
 
-    `before_epoch(e)` is called while the weights are those of epoch e: the place for probes. When the iterator
-    ends, the weights are those of the last epoch that it yielded.
+    `before_epoch(e)` is called while the weights are those of epoch e: the place for probes and checkpoints. When the
+    iterator ends, the weights are those of the last epoch that it yielded.
 
     Args:
+        first_epoch: The epoch whose weights the engine holds: above 0 where it continues from a checkpoint.
         stop: Told the scores of each epoch, once and in order; True makes that epoch the last.
         dropout: Whether the model drops anything out while it trains; then a training forward measures nothing.
     """
@@ -109,16 +136,15 @@ def finetune(
     strings_per_step = training.strings_per_step or num_strings
     steps_per_epoch = num_strings // strings_per_step
     num_steps = steps_per_epoch * training.epochs
-    reads_training_forward = steps_per_epoch == 1 and not dropout
-    for epoch in range(training.epochs):
+    for epoch in range(first_epoch, training.epochs):
         before_epoch(epoch)
-        if reads_training_forward:
+        if steps_per_epoch == 1 and not dropout:
             verdict = Verdict(stop)
             yield epoch, engine.step(batch, learning_rate(epoch, num_steps, training), verdict)
             if verdict.is_last:
                 return
             continue
-        scores = score_in_passes(engine, batch)
+        scores = engine.score(batch)
         yield epoch, scores
         if stop and stop(scores):
             return
@@ -128,7 +154,7 @@ def finetune(
             rate = learning_rate(epoch * steps_per_epoch + k, num_steps, training)
             engine.step(batch.of(np.sort(rows)), rate)
     before_epoch(training.epochs)
-    yield training.epochs, score_in_passes(engine, batch)
+    yield training.epochs, engine.score(batch)
 
 
 class Verdict:
@@ -159,8 +185,16 @@ def optimiser(parameters: list[nn.Parameter], training: TrainingSpec) -> torch.o
     )
 
 
+def lower_weights(model: nn.Module) -> None:
+    """Turns the weights into bf16; parameters alone, for `model.to` would round the rotary frequencies for good."""
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16()
+
+
 class TorchEngine:
     """One device, plain torch: fp32, or bf16 with fp32 master weights."""
+
+    is_main = True
 
     def __init__(
         self,
@@ -178,20 +212,16 @@ class TorchEngine:
         self.masters = self.weights
         if precision == "bf16":
             self.masters = [nn.Parameter(weight.detach().clone()) for weight in self.weights]
-            for weight in model.parameters():
-                # Parameters alone: `model.to(bfloat16)` would round the rotary frequencies for good.
-                weight.data = weight.data.bfloat16()
+            lower_weights(model)
         self.optimiser = optimiser(self.masters, training)
         model.train()
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
     def step(self, batch: Batch, learning_rate: float, stop: Stop | None = None) -> TokenScores:
-        size = self.training.strings_per_forward or len(batch.ids)
         num_targets = int(batch.is_target.sum())
-        rows = np.arange(len(batch.ids))
-        parts = [batch.of(rows[begin : begin + size]) for begin in range(0, len(rows), size)]
-        scores = TokenScores.concatenate([self._backward(part, num_targets) for part in parts])
+        forwards = parts(batch, self.training.strings_per_forward or len(batch.ids))
+        scores = TokenScores.concatenate([self._backward(part, num_targets) for part in forwards])
         if stop is None or not stop(scores):
             self._update(learning_rate)
         self.model.zero_grad(set_to_none=True)
@@ -230,33 +260,52 @@ class TorchEngine:
 
     def score(self, batch: Batch) -> TokenScores:
         self.model.eval()
-        scores = score(self.model, batch.to(self.device), self.alphabet)
+        scored = [score(self.model, part.to(self.device), self.alphabet) for part in scoring_passes(batch)]
         self.model.train()
-        return scores
+        return TokenScores.concatenate(scored)
 
     def snapshot(self) -> dict[str, ndarray]:
         return {name: as_numpy(weight) for name, weight in self.model.state_dict().items()}
 
-    def state_dict(self) -> dict[str, Any]:
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def save(self, folder: Path) -> None:
         state = {
             "model": self.model.state_dict(),
             "masters": [each.detach() for each in self.masters] if self.masters is not self.weights else [],
             "optimiser": self.optimiser.state_dict(),
-            "generator": torch.get_rng_state(),
+            "generators": generator_states(self.device),
         }
-        if self.device.type == "cuda":
-            state["cuda_generator"] = torch.cuda.get_rng_state(self.device)
-        return state
+        torch.save(state, folder / TORCH_CHECKPOINT)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load(self, folder: Path) -> None:
+        if not (folder / TORCH_CHECKPOINT).exists():
+            raise ValueError(
+                f"a checkpoint of engine 'torch' must hold {TORCH_CHECKPOINT}, but this one holds "
+                f"{', '.join(sorted(path.name for path in folder.iterdir())) or 'nothing'}; resume it with the engine "
+                "that wrote it, or delete it to train from the start"
+            )
+        state = torch.load(folder / TORCH_CHECKPOINT, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         with torch.no_grad():
             for master, saved in zip(self.masters if state["masters"] else [], state["masters"], strict=True):
                 master.copy_(saved)
         self.optimiser.load_state_dict(state["optimiser"])
-        torch.set_rng_state(state["generator"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_generator"], self.device)
+        set_generator_states(state["generators"], self.device)
+
+
+def generator_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's generators, which dropout alone draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_generator_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """The inverse of :func:`generator_states`; they live on the CPU, wherever a checkpoint was read to."""
+    torch.set_rng_state(states["cpu"].cpu())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
 def as_numpy(weight: Tensor) -> ndarray:

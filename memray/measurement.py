@@ -99,7 +99,13 @@ class Measurer:
         self.heldout_uncorrected: list[float] = []
 
     def measure(
-        self, epoch: int, trained: TokenScores, held_out: TokenScores | None = None, *, is_last: bool = False
+        self,
+        epoch: int,
+        trained: TokenScores,
+        held_out: TokenScores | None = None,
+        *,
+        is_last: bool = False,
+        weights: Mapping[str, ndarray] | None = None,
     ) -> Measurement:
         """The measurement of one epoch; the last one carries the phases, which need all of them."""
         metrics: dict[str, float] = {}
@@ -126,7 +132,7 @@ class Measurer:
                 row.update(values)
             metrics |= _over_strings(phases[: self.num_compared])
         defined = {key: value for key, value in metrics.items() if math.isfinite(value)}
-        return Measurement(self.trial_id, 0, epoch, defined, tuple(rows + strings), tokens)
+        return Measurement(self.trial_id, 0, epoch, defined, tuple(rows + strings), tokens, weights)
 
     def trained_metric(self, key: str, scores: TokenScores) -> float:
         """One measure of the trained strings alone, averaged as the trial's metric is."""

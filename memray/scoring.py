@@ -58,6 +58,11 @@ class TokenScores:
     def num_strings(self) -> int:
         return len(self.mean_q)
 
+    def is_identical_to(self, other: "TokenScores") -> bool:
+        """Whether all scores are the same to the last bit."""
+        names = (*self.COLUMNS, "mean_q")
+        return all(getattr(self, name).tobytes() == getattr(other, name).tobytes() for name in names)
+
     def of(self, string: int) -> "TokenScores":
         """The scores of one string alone, which becomes string 0."""
         begin, end = np.searchsorted(self.string, [string, string + 1])

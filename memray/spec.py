@@ -35,6 +35,9 @@ STOP_METRICS = ("recall/token_accuracy", "recall/corrected_accuracy", "recall/me
 # What one optimiser reads of the recipe and the other does not.
 _READ_BY = {"adamw": ("beta1", "beta2", "eps"), "sgd": ("momentum",)}
 
+# Of fields that only place or watch work.
+_NOT_HASHED: dict[str, Any] = {"hashed": False}
+
 # MLflow takes no longer value of a param.
 _LONGEST_PARAM = 6000
 
@@ -199,21 +202,36 @@ class TrainingSpec(Part):
 
 
 class ComputeSpec(Part):
-    """The device a trial runs on: part of its identity, because it decides the last bits of every number.
+    """The devices a trial runs on: part of its identity, because they decide the last bits of every number.
+
+    Engine, workers, stage and offload that a spec leaves open are chosen by `placement.py`.
 
     Attributes:
-        engine: Who computes a training step.
+        engine: Who computes a training step: plain torch on one device, or DeepSpeed on many.
         accelerator: A row of the accelerator table; "cpu" is the machine the trial runs on.
+        workers: Processes of the DeepSpeed engine, a device each. A step's strings are shared out among them; if
+            it has fewer strings than workers, each worker gets all of them, and memory alone is shared.
+        zero_stage: What ZeRO shards over the workers: 0 nothing, 1 the optimiser's state, 2 gradients too, 3 weights
+            too.
+        offload: What ZeRO keeps in the memory of the host: "optimiser" from stage 1, "parameters" (and the optimiser)
+            at stage 3.
         threads: CPU threads, set in every process that computes; never read from the machine.
         precision: None means fp32 on the CPU, bf16 with fp32 master weights elsewhere.
-        device_share: Share of one accelerator that a trial asks for; it places work, so it is not hashed.
+        device_share: Share of one accelerator that a trial asks for. It places work, so it is not hashed.
+        checkpoint_s: Seconds of training between two checkpoints; 0 makes one before every epoch. Not hashed.
+        logs_communication: Whether DeepSpeed counts what its workers tell each other, which costs time. Not hashed.
     """
 
-    engine: Literal["torch"] = "torch"
+    engine: Literal["torch", "deepspeed"] = "torch"
     accelerator: str = "cpu"
+    workers: Positive = 1
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "optimiser", "parameters"] = "none"
     threads: Positive = 1
     precision: Literal["fp32", "bf16"] | None = None
-    device_share: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, json_schema_extra={"hashed": False})
+    device_share: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, json_schema_extra=_NOT_HASHED)
+    checkpoint_s: Annotated[float, Field(ge=0)] = Field(default=600.0, json_schema_extra=_NOT_HASHED)
+    logs_communication: bool = Field(default=False, json_schema_extra=_NOT_HASHED)
 
     @field_validator("accelerator")
     @classmethod
@@ -224,6 +242,29 @@ class ComputeSpec(Part):
     def _resolved(self) -> "ComputeSpec":
         if self.precision is None:
             object.__setattr__(self, "precision", "fp32" if self.accelerator == "cpu" else "bf16")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_reads_what_is_set(self) -> "ComputeSpec":
+        sharded = {"workers": self.workers, "zero_stage": self.zero_stage, "offload": self.offload}
+        idle = [name for name, value in sharded.items() if value != type(self).model_fields[name].default]
+        if self.engine == "torch" and idle:
+            raise ValueError(
+                f"engine 'torch' runs on one device and shards nothing, but got "
+                f"{', '.join(f'{name}={sharded[name]!r}' for name in idle)}; set compute.engine='deepspeed', or leave "
+                "them out"
+            )
+        if self.engine == "deepspeed" and self.device_share != 1:
+            raise ValueError(
+                f"a worker of engine 'deepspeed' takes a whole device, but got device_share={self.device_share}; "
+                "leave it out"
+            )
+        needed = {"none": 0, "optimiser": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(
+                f"offload={self.offload!r} needs at least zero_stage={needed}, but got zero_stage={self.zero_stage}; "
+                "raise the stage, or offload less"
+            )
         return self
 
 
@@ -323,11 +364,16 @@ class TrialSpec(Part):
                 "training.strings_per_step must divide strings.num_strings, so that every step of an epoch is the same "
                 f"size, but got {step} and {strings}; take a divisor, or 0 for all strings"
             )
-        forward = self.training.strings_per_forward
-        if forward and step % forward:
+        workers, forward = self.compute.workers, self.training.strings_per_forward
+        if step > workers and step % workers:
             raise ValueError(
-                f"training.strings_per_forward must divide the {step} strings of a step, but got {forward}; "
-                "take a divisor, or 0 for one forward pass a step"
+                f"a step's strings must be a multiple of compute.workers, or fewer than they are, but got {step} "
+                f"strings a step and {workers} workers; change training.strings_per_step or compute.workers"
+            )
+        if forward and self.strings_per_worker % forward:
+            raise ValueError(
+                f"training.strings_per_forward must divide the {self.strings_per_worker} strings that a worker has in "
+                f"a step, but got {forward}; take a divisor, or 0 for one forward pass a step"
             )
 
     @property
@@ -335,6 +381,12 @@ class TrialSpec(Part):
         """Epochs at most; `stop_when` may end training earlier."""
         assert self.training.epochs is not None  # filled in by the validator
         return self.training.epochs
+
+    @property
+    def strings_per_worker(self) -> int:
+        """Strings of a step that each worker computes: its share, or all where they are fewer than the workers."""
+        step = self.training.strings_per_step or self.strings.num_strings
+        return step // self.compute.workers if step >= self.compute.workers else step
 
     @property
     def has_dropout(self) -> bool:
@@ -369,7 +421,7 @@ class TrialSpec(Part):
         The nominal entropy stands where the spec says "uniform", because a chart has no use for a missing one. The skew
         stands there too, because the uniform source is the upper end of each of them.
         """
-        flat = _flatten(self.model_dump(mode="json", exclude={"probes": True, "compute": {"device_share"}}))
+        flat = _flatten(self.model_dump(mode="json", exclude={"probes": True, "compute": set(UNHASHED)}))
         flat["strings.entropy_bits"] = round(self.strings.source().nominal_entropy_bits, 6)
         for optimiser, names in _READ_BY.items():
             if optimiser != self.training.optimiser:
@@ -415,6 +467,12 @@ def _identity(part: Part) -> dict[str, Any]:
         elif value != field.default:
             identity[name] = value
     return identity
+
+
+# The fields of the compute spec that only place or watch work.
+UNHASHED = tuple(
+    name for name, field in ComputeSpec.model_fields.items() if field.json_schema_extra == _NOT_HASHED
+)
 
 
 def _canonical(identity: dict[str, Any]) -> str:

@@ -5,20 +5,22 @@ A study is a file with a function `sweep(*, scale, seeds, ...) -> Sweep`. The gr
 scheduled. Scheduling is someone else's business.
 """
 
+import copy
 import inspect
 import json
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from memray.spec import TrialSpec
+from memray.placement import place
+from memray.spec import UNHASHED, TrialSpec
 
 Scale = Literal["paper", "tiny"]
 
@@ -43,6 +45,8 @@ class Sweep:
         trials: Duplicates are dropped (arms of a study may share a cell), if they are looked at in the same way.
         name: Names the MLflow experiment and the ledger's folder; the file's stem when loaded from one.
         question: The first paragraph of the study's docstring.
+        placements: Why a trial runs where it does, by its id, where its spec left that open and one device is too
+            small.
 
     Raises:
         SweepError: If there is no trial, or any cell is invalid (lists all that are), or one trial is to be probed or
@@ -52,6 +56,7 @@ class Sweep:
     trials: tuple[TrialSpec, ...]
     name: str = "sweep"
     question: str = ""
+    placements: Mapping[str, str] = field(default_factory=dict)
 
     def __init__(self, trials: Iterable[TrialSpec | InvalidCell], name: str = "sweep", question: str = "") -> None:
         cells = list(trials)
@@ -67,12 +72,24 @@ class Sweep:
                 "a sweep must have at least one trial, but this one has none; check the ranges of its grid"
             )
         distinct: dict[str, TrialSpec] = {}
+        placements: dict[str, str] = {}
         for cell in cells:
             assert isinstance(cell, TrialSpec)
-            _check_same_look(distinct.setdefault(cell.trial_id(), cell), cell)
+            placed, why = place(cell)
+            _check_same_look(distinct.setdefault(placed.trial_id(), placed), placed)
+            if why:
+                placements[placed.trial_id()] = why
         object.__setattr__(self, "trials", tuple(distinct.values()))
+        object.__setattr__(self, "placements", placements)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "question", question)
+
+    def named(self, name: str, question: str) -> "Sweep":
+        """The same trials under another name."""
+        other = copy.copy(self)
+        object.__setattr__(other, "name", name)
+        object.__setattr__(other, "question", question)
+        return other
 
     def varying(self) -> tuple[str, ...]:
         """The flattened fields in which the trials differ, seeds last."""
@@ -104,12 +121,18 @@ class Sweep:
 
 def _check_same_look(one: TrialSpec, other: TrialSpec) -> None:
     """Of two cells that are one trial, only one would be heard on what no trial id hashes."""
-    if one.probes != other.probes or one.compute.device_share != other.compute.device_share:
+    if one.probes != other.probes:
         raise SweepError(
-            f"cells that are one trial must agree on probes and compute.device_share, but trial {one.trial_id()} has "
-            f"({one.probes}), share {one.compute.device_share} and ({other.probes}), share "
-            f"{other.compute.device_share}; give them the same"
+            f"cells that are one trial must agree on probes, but trial {one.trial_id()} has ({one.probes}) and "
+            f"({other.probes}); give them the same"
         )
+    for name in UNHASHED:
+        values = getattr(one.compute, name), getattr(other.compute, name)
+        if values[0] != values[1]:
+            raise SweepError(
+                f"cells that are one trial must agree on compute.{name}, but trial {one.trial_id()} has {values[0]} "
+                f"and {values[1]}; give them the same"
+            )
 
 
 def vary(base: TrialSpec, changes: Mapping[str, Any]) -> TrialSpec | InvalidCell:
@@ -174,7 +197,7 @@ def load(path: str | Path, **parameters: Any) -> Sweep:
             "`return Sweep(...)`"
         )
     question = inspect.cleandoc(module.__doc__ or "").split("\n\n")[0]
-    return Sweep(made.trials, name=path.stem, question=" ".join(question.split()))
+    return made.named(path.stem, " ".join(question.split()))
 
 
 @contextmanager

@@ -5,10 +5,14 @@ debugger. Wherever a trial is placed, this is what runs.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Int
 from numpy import ndarray
@@ -17,8 +21,8 @@ from transformers import PreTrainedModel
 
 from memray.accelerators import accelerator
 from memray.encoding import Batch, Encoder, encode, make_encoder
-from memray.finetune import Engine, TorchEngine, finetune, score_in_passes
-from memray.measurement import KnownString, Measurement, Measurer
+from memray.finetune import Engine, TorchEngine, finetune, parts, scoring_passes
+from memray.measurement import KnownString, Measurement, Measurer, read_scores
 from memray.models import check_context, load_model, load_tokenizer
 from memray.scoring import AlphabetIds, TokenScores
 from memray.spec import ModelSpec, StopWhen, TrialSpec
@@ -33,10 +37,12 @@ class ModelShelf:
     Args:
         fetch: Where the weights of a pretrained model come from, if not from its files: a cluster hands them
             out through its object store, so that each machine reads them once.
+        keeps_model: Whether the next trial may want the model too; if not, no copy of its weights is kept.
     """
 
-    def __init__(self, fetch: Callable[[ModelSpec], Weights] | None = None) -> None:
+    def __init__(self, fetch: Callable[[ModelSpec], Weights] | None = None, *, keeps_model: bool = True) -> None:
         self._fetch = fetch
+        self._keeps_model = keeps_model
         self._key: object = None
         self._model: PreTrainedModel | None = None
         self._base: dict[str, torch.Tensor] = {}
@@ -49,6 +55,8 @@ class ModelShelf:
             self._model = None  # two models of the largest size may not fit side by side
             weights = self._fetch(spec.model) if self._fetch and spec.model.pretrained else None
             self._model = load_model(spec.model, seed=spec.model_seed, weights=weights)
+            if not self._keeps_model:
+                return self._model
             self._base = {name: weight.detach().cpu().clone() for name, weight in self._model.named_parameters()}
             self._key = key
         with torch.no_grad():
@@ -146,20 +154,141 @@ def set_device(spec: TrialSpec) -> torch.device:
     return device
 
 
-def make_engine(spec: TrialSpec, model: nn.Module, alphabet: AlphabetIds, device: torch.device) -> Engine:
-    """The engine that the spec names, around a model with base weights."""
+def make_torch_engine(spec: TrialSpec, model: nn.Module, alphabet: AlphabetIds, device: torch.device) -> Engine:
+    """Plain torch around a model with base weights.
+
+    Raises:
+        ValueError: If the spec names an engine of many devices.
+    """
+    if spec.compute.engine != "torch":
+        raise ValueError(
+            f"one process runs trials of engine 'torch', but trial {spec.trial_id()} is one of "
+            f"{spec.compute.engine!r} on {spec.compute.workers} workers; `run` starts them"
+        )
     torch.manual_seed(spec.order_seed)  # dropout alone draws from it
     return TorchEngine(model.to(device), alphabet, spec.training, device, precision=spec.compute.precision or "fp32")
 
 
-def run_trial(spec: TrialSpec, *, shelf: ModelShelf | None = None) -> Iterator[Measurement]:
+def forwards_of_epoch(spec: TrialSpec, trained: Batch, epoch: int) -> list[Batch]:
+    """The batches in which the trainer scores its strings at an epoch: whoever repeats them gets the same bits."""
+    if spec.steps_per_epoch > 1 or spec.has_dropout or epoch == spec.num_epochs:
+        return scoring_passes(trained)
+    shares = parts(trained, spec.strings_per_worker)
+    return [part for share in shares for part in parts(share, spec.training.strings_per_forward or len(share.ids))]
+
+
+# --- looks: probes of the weights of an epoch ------------------------------------------------------------------
+
+
+class Looked(NamedTuple):
+    """What a look at the weights of one epoch showed.
+
+    Attributes:
+        held_out: Scores of the held-out strings; None if there are none.
+        trained: Scores of the trained strings, where they were scored a second time.
+    """
+
+    held_out: TokenScores | None
+    trained: TokenScores | None = None
+
+
+@runtime_checkable
+class Look(Protocol):
+    """A look that may still be under way."""
+
+    def is_ready(self) -> bool: ...
+
+    def result(self) -> Looked: ...
+
+
+@runtime_checkable
+class Prober(Protocol):
+    """Who looks at the weights of probe epochs; called on every rank, because reading weights is collective."""
+
+    def look(self, epoch: int, engine: Engine) -> Look: ...
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A look that is over."""
+
+    looked: Looked
+
+    def is_ready(self) -> bool:
+        return True
+
+    def result(self) -> Looked:
+        return self.looked
+
+
+@dataclass(frozen=True)
+class OwnProber:
+    """Looks with the trial's own engine, while training waits."""
+
+    held_out: Batch | None
+
+    def look(self, epoch: int, engine: Engine) -> Look:
+        return Ready(Looked(None if self.held_out is None else engine.score(self.held_out)))
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------
+
+
+class Checkpoint(NamedTuple):
+    """Where an earlier attempt at a trial had come to.
+
+    Attributes:
+        epoch: The epoch whose weights the engine's files hold.
+        folder: Those files.
+        tokens: The per-token records of all epochs before it,
+        strings: and the per-string ones.
+    """
+
+    epoch: int
+    folder: Path
+    tokens: pa.Table
+    strings: pa.Table
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """Who keeps checkpoints of a trial; called on every rank."""
+
+    def newest(self) -> Checkpoint | None:
+        """What to continue from."""
+        ...
+
+    def is_due(self) -> bool:
+        """Whether it is time for a checkpoint; the main process's answer counts."""
+        ...
+
+    def keep(self, epoch: int, engine: Engine) -> None:
+        """Keeps the engine's state; every measurement of an earlier epoch was handed on before."""
+        ...
+
+
+# --- one trial -------------------------------------------------------------------------------------------------
+
+
+def run_trial(
+    spec: TrialSpec,
+    *,
+    shelf: ModelShelf | None = None,
+    make_engine: Callable[[TrialSpec, nn.Module, AlphabetIds, torch.device], Engine] = make_torch_engine,
+    prober: Prober | None = None,
+    keeper: Keeper | None = None,
+) -> Iterator[Measurement]:
     """Trains one trial and yields the measurement of every epoch, epoch 0 before training.
 
     The same spec on the same kind of device yields the same numbers to the last bit, in a fresh process or in one
-    that has run other trials.
+    that has run other trials, in one go or continued from a checkpoint. Where an engine has several processes, the
+    main one yields.
 
     Args:
         shelf: Keeps the model for the next trial; without one it is loaded anew.
+        make_engine: Makes the engine around the model with its base weights.
+        prober: Looks at probe epochs; without one the engine itself does, while training waits.
+        keeper: Keeps checkpoints, and has the one to continue from.
 
     Raises:
         ValueError: If the device, the model or the alphabet is not to be had.
@@ -171,24 +300,26 @@ def run_trial(spec: TrialSpec, *, shelf: ModelShelf | None = None) -> Iterator[M
     model = (shelf or ModelShelf()).model(spec)
     check_context(model, material.trained.ids.shape[1])
     engine = make_engine(spec, model, AlphabetIds(symbol_ids, marginal), device)
-    return measure_while_training(spec, material, engine)
+    return measure_while_training(spec, material, engine, prober=prober, keeper=keeper)
 
 
-def measure_while_training(spec: TrialSpec, material: Material, engine: Engine) -> Iterator[Measurement]:
-    """Trains the strings over an engine and measures every epoch."""
+def measure_while_training(
+    spec: TrialSpec, material: Material, engine: Engine, *, prober: Prober | None = None, keeper: Keeper | None = None
+) -> Iterator[Measurement]:
+    """Trains the strings over an engine and measures every epoch, those before a checkpoint excepted.
+
+    Looks may take their time elsewhere: measurements wait for them, in order, and training does not.
+    """
     measurer = Measurer(spec, material.known_trained, material.known_held_out)
-    probed: dict[int, TokenScores] = {}
-    kept: dict[int, Weights] = {}
-    keep = spec.training.keep_weights
-
-    def look(epoch: int) -> None:
-        is_probe_epoch = epoch in spec.probes.epochs or epoch == spec.num_epochs
-        if is_probe_epoch and material.held_out is not None and epoch not in probed:
-            probed[epoch] = score_in_passes(engine, material.held_out)
-        if is_probe_epoch and keep == "probe_epochs":
-            kept[epoch] = engine.snapshot()
-
     stopper = Stopper(spec.training.stop_when, measurer) if spec.training.stop_when else None
+    checkpoint = keeper.newest() if keeper else None
+    if checkpoint:
+        engine.load(checkpoint.folder)
+        for epoch, trained, held_out in read_scores(checkpoint.tokens, checkpoint.strings):
+            measurer.measure(epoch, trained, held_out)
+            if stopper:
+                stopper(trained)
+    watch = Watch(spec, engine, prober or OwnProber(material.held_out), keeper)
     epochs = finetune(
         engine,
         material.trained,
@@ -196,16 +327,80 @@ def measure_while_training(spec: TrialSpec, material: Material, engine: Engine) 
         order_seed=spec.order_seed,
         stop=stopper,
         dropout=spec.has_dropout,
-        before_epoch=look,
+        before_epoch=watch.before_epoch,
+        first_epoch=checkpoint.epoch if checkpoint else 0,
     )
     for epoch, scores in epochs:
         is_last = epoch == spec.num_epochs or (stopper is not None and stopper.has_stopped)
-        if is_last and material.held_out is not None and epoch not in probed:
-            probed[epoch] = score_in_passes(engine, material.held_out)
-        if is_last and keep != "none":
-            kept[epoch] = engine.snapshot()
-        measurement = measurer.measure(epoch, scores, probed.pop(epoch, None), is_last=is_last)
-        yield replace(measurement, weights=kept.pop(epoch, None))
+        for scored in watch.scored(epoch, scores, is_last=is_last):
+            if engine.is_main:
+                yield scored.measure(measurer)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One epoch that waits to be measured."""
+
+    epoch: int
+    trained: TokenScores
+    look: Look | None
+    weights: Weights | None
+    is_last: bool
+
+    def measure(self, measurer: Measurer) -> Measurement:
+        looked = self.look.result() if self.look else Looked(None)
+        if looked.trained is not None and not looked.trained.is_identical_to(self.trained):
+            raise RuntimeError(
+                f"a probe's scores must equal the trainer's to the last bit, but at epoch {self.epoch} of trial "
+                f"{measurer.trial_id} they differ: the two ran on different devices or versions, or the snapshot is "
+                "not what was trained"
+            )
+        return measurer.measure(
+            self.epoch, self.trained, looked.held_out, is_last=self.is_last, weights=self.weights or None
+        )
+
+
+class Watch:
+    """Takes looks and checkpoints while an engine trains, and hands scored epochs on once their look is there."""
+
+    def __init__(self, spec: TrialSpec, engine: Engine, prober: Prober, keeper: Keeper | None) -> None:
+        self.spec = spec
+        self.engine = engine
+        self.prober = prober
+        self.keeper = keeper
+        self.looks: dict[int, Look] = {}
+        self.weights: dict[int, Weights] = {}
+        self.waiting: deque[Scored] = deque()
+        self.is_checkpoint_due = False
+
+    def before_epoch(self, epoch: int) -> None:
+        """The weights are those of the epoch."""
+        if self.is_checkpoint_due and self.keeper:
+            self.keeper.keep(epoch, self.engine)
+            self.is_checkpoint_due = False
+        if epoch in self.spec.probes.epochs or epoch == self.spec.num_epochs:
+            self._look(epoch, is_last=epoch == self.spec.num_epochs)
+
+    def _look(self, epoch: int, *, is_last: bool) -> None:
+        if epoch not in self.looks:
+            self.looks[epoch] = self.prober.look(epoch, self.engine)
+        keep = self.spec.training.keep_weights
+        if epoch not in self.weights and (keep == "probe_epochs" or (keep == "final" and is_last)):
+            self.weights[epoch] = self.engine.snapshot()
+
+    def scored(self, epoch: int, scores: TokenScores, *, is_last: bool) -> Iterator[Scored]:
+        """What can be measured now that the epoch is scored: all of it at the end, and before a checkpoint."""
+        if is_last:
+            self._look(epoch, is_last=True)
+        look, weights = self.looks.pop(epoch, None), self.weights.pop(epoch, None)
+        self.waiting.append(Scored(epoch, scores, look, weights, is_last))
+        if self.keeper and not is_last:
+            self.is_checkpoint_due = self.engine.gather(self.keeper.is_due())[0]
+        while self.waiting:
+            look = self.waiting[0].look
+            if look is not None and not (is_last or self.is_checkpoint_due or look.is_ready()):
+                return
+            yield self.waiting.popleft()
 
 
 class Stopper:

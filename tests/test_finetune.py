@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from memray.encoding import Batch, Encoder, encode
 from memray.families import FAMILIES
-from memray.finetune import TorchEngine, as_numpy, as_tensor, finetune, learning_rate, score_in_passes
+from memray.finetune import TorchEngine, as_numpy, as_tensor, finetune, learning_rate, scoring_passes
 from memray.models import load_model
 from memray.scoring import AlphabetIds, TokenScores, score
 from memray.spec import LoraSpec, ModelSpec, TrainingSpec
@@ -205,19 +206,27 @@ def test_sgd_is_plain_gradient_descent() -> None:
         assert torch.allclose(ours, theirs - 0.1 * theirs.grad, atol=1e-6)
 
 
-def test_a_resumed_engine_ends_bit_identical() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_engine_ends_bit_identical(tmp_path: Path, precision: str) -> None:
     training, batch = recipe(), batch_of([32])
-    undisturbed, first = engine_of(training), engine_of(training)
+    undisturbed, first = (engine_of(training, precision=precision) for _ in range(2))
     for k in range(6):
         undisturbed.step(batch, learning_rate(k, 6, training))
     for k in range(3):
         first.step(batch, learning_rate(k, 6, training))
-    second = engine_of(training)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second = engine_of(training, precision=precision)
+    first.save(tmp_path)
+    second.load(tmp_path)
     for k in range(3, 6):
         second.step(batch, learning_rate(k, 6, training))
     for name, weight in undisturbed.snapshot().items():
         assert np.array_equal(weight, second.snapshot()[name]), name
+
+
+def test_a_checkpoint_of_another_engine_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    with pytest.raises(ValueError, match=r"must hold torch.pt, but this one holds state; resume it with the engine"):
+        engine_of(recipe()).load(tmp_path)
 
 
 def test_at_bf16_the_forward_is_bf16_and_the_masters_are_fp32() -> None:
@@ -257,6 +266,7 @@ def test_lora_trains_its_adapters_alone() -> None:
 def test_many_strings_are_scored_in_bounded_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, batch = engine_of(recipe()), batch_of([30] * 7)
     monkeypatch.setattr("memray.finetune.TOKENS_PER_SCORING_PASS", 60)
-    in_passes, at_once = score_in_passes(engine, batch), score(engine.model, batch, UNIFORM)
+    assert [len(each.ids) for each in scoring_passes(batch)] == [2, 2, 2, 1]
+    in_passes, at_once = engine.score(batch), score(engine.model, batch, UNIFORM)
     assert in_passes.string.tolist() == at_once.string.tolist()
     assert in_passes.log_prob == pytest.approx(at_once.log_prob, abs=1e-5)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from memray.families import FAMILIES
 from memray.spec import (
+    UNHASHED,
     ComputeSpec,
     LoraSpec,
     ModelSpec,
@@ -96,7 +97,8 @@ def differing(part: Part) -> dict[str, Any]:
 def expected_json(spec: TrialSpec, *, without: tuple[str, ...] = ("probes",)) -> str:
     found = differing(spec)
     strings, compute = found.get("strings", {}), found.get("compute", {})
-    compute.pop("device_share", None)
+    for name in UNHASHED:
+        compute.pop(name, None)
     if spec.strings.entropy_bits is None or spec.strings.entropy_bits >= math.log2(spec.strings.alphabet_size) - 1e-9:
         strings.pop("entropy_bits", None)
         strings.pop("skew", None)
@@ -222,6 +224,8 @@ def test_only_what_the_family_table_filled_in_is_left_of_the_default_spec() -> N
         {"probes": {"epochs": [0, 7]}},
         {"probes": {"compared_strings": 1}},
         {"compute": {"device_share": 0.25}},
+        {"compute": {"checkpoint_s": 0}},
+        {"compute": {"logs_communication": True}},
     ],
 )
 def test_probes_and_placement_leave_the_trial_id_alone(looked_at_or_placed: dict[str, Any]) -> None:
@@ -382,7 +386,7 @@ def test_params_hold_every_field_of_what_is_trained() -> None:
              "compute": ComputeSpec, "model.lora": LoraSpec, "training.stop_when": StopWhen}  # fmt: skip
     for name, part in parts.items():
         expected |= {f"{name}.{field}" for field in part.model_fields}
-    expected -= {"model.lora", "training.stop_when", "compute.device_share"}
+    expected -= {"model.lora", "training.stop_when", *(f"compute.{name}" for name in UNHASHED)}
     assert TrialSpec().params().keys() == expected
 
 
@@ -480,7 +484,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "a forward pass that does not divide the step": (
         {"strings": {"num_strings": 8}, "training": {"strings_per_step": 4, "strings_per_forward": 3}},
-        ["strings_per_forward must divide the 4 strings of a step", "got 3", "take a divisor, or 0"],
+        ["strings_per_forward must divide the 4 strings that a worker has in a step", "got 3", "take a divisor, or 0"],
     ),
     "a seed beyond 32 bits": ({"string_seed": 2**32}, ["less than 4294967296"]),
     "a negative seed": ({"order_seed": -1}, ["greater than or equal to 0"]),

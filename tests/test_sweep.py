@@ -92,9 +92,16 @@ def test_two_spellings_of_one_source_are_one_trial() -> None:
     assert len(sweep.trials) == 1
 
 
-@pytest.mark.parametrize("changes", [{"probes.num_held_out": 3}, {"compute.device_share": 0.5}])
-def test_one_trial_that_is_to_be_looked_at_or_placed_in_two_ways_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(SweepError, match=r"must agree on probes and compute.device_share, .* give them the same"):
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"probes.num_held_out": 3}, "probes"),
+        ({"compute.device_share": 0.5}, "compute.device_share"),
+        ({"compute.checkpoint_s": 0}, "compute.checkpoint_s"),
+    ],
+)
+def test_one_trial_that_is_to_be_looked_at_or_placed_in_two_ways_is_refused(changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(SweepError, match=rf"must agree on {what}, .* give them the same"):
         Sweep([TrialSpec(), vary(TrialSpec(), changes)])
 
 

@@ -1,22 +1,37 @@
 """One trial: the same bits wherever it ran, every epoch once, and all measures again from its records."""
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from memray.finetune import as_tensor
+from memray.encoding import Batch
+from memray.finetune import Engine, as_tensor
 from memray.measurement import Measurement, read_scores, remeasure, string_table, token_table
 from memray.models import load_model
-from memray.scoring import AlphabetIds, score
+from memray.scoring import AlphabetIds, TokenScores, score
 from memray.spec import ComputeSpec, ModelSpec, ProbesSpec, StopWhen, StringsSpec, TrainingSpec, TrialSpec
 from memray.strings import ALPHABETS
 from memray.sweep import vary
-from memray.trial import ModelShelf, known_strings, prepare, run_trial
+from memray.trial import (
+    Checkpoint,
+    Look,
+    Looked,
+    ModelShelf,
+    Ready,
+    forwards_of_epoch,
+    known_strings,
+    prepare,
+    run_trial,
+)
 
 SHORT = TrialSpec(strings=StringsSpec(length=48, alphabet_size=7), training=TrainingSpec(epochs=12))
 
@@ -176,3 +191,117 @@ def test_probes_are_no_part_of_what_is_trained() -> None:
     assert other.trial_id() == SHORT.trial_id()
     for ours, theirs in zip(run_trial(SHORT), run_trial(other), strict=True):
         assert ours.metrics["recall/nll_nats"] == theirs.metrics["recall/nll_nats"]
+
+
+class FolderKeeper:
+    """Keeps one checkpoint, and what was measured before it, and leaves the trial in the middle of it."""
+
+    def __init__(self, folder: Path, leave_at: int | None = None) -> None:
+        self.folder = folder
+        self.leave_at = leave_at
+        self.checkpoint: Checkpoint | None = None
+        self.measured: list[Measurement] = []
+
+    def newest(self) -> Checkpoint | None:
+        return self.checkpoint
+
+    def is_due(self) -> bool:
+        return self.leave_at is not None
+
+    def keep(self, epoch: int, engine: Engine) -> None:
+        if epoch == self.leave_at:
+            engine.save(self.folder)
+            self.checkpoint = Checkpoint(epoch, self.folder, token_table(self.measured), string_table(self.measured))
+            raise KeyboardInterrupt
+
+    def run(self, spec: TrialSpec) -> list[Measurement]:
+        self.measured = []
+        with contextlib.suppress(KeyboardInterrupt):
+            for each in run_trial(spec, keeper=self):
+                self.measured.append(each)
+        return self.measured
+
+
+@pytest.mark.parametrize(
+    ("leave_at", "changes"),
+    [
+        (1, {}),
+        (6, {"strings.num_strings": 4, "training.strings_per_step": 2, "model.dropout": 0.1}),
+        (6, {"training.stop_when": {"at_least": 0.05, "epochs": 7}, "training.optimiser": "sgd"}),
+        (2, {"compute.precision": "bf16", "model.lora": {"rank": 2}, "training.epochs": 4}),
+    ],
+    ids=["plain", "dropout and several steps", "stopped by a criterion", "bf16, LoRA"],
+)
+def test_a_resumed_trial_ends_bit_identical(tmp_path: Path, leave_at: int, changes: dict[str, Any]) -> None:
+    spec = changed(changes)
+    undisturbed, keeper = list(run_trial(spec)), FolderKeeper(tmp_path, leave_at)
+    before = keeper.run(spec)
+    keeper.leave_at = None
+    after = keeper.run(spec)
+    assert [each.epoch for each in before] == list(range(leave_at))
+    assert [each.record() for each in before + after] == [each.record() for each in undisturbed]
+    assert string_table(before + after).equals(string_table(undisturbed))
+    for ours, theirs in zip(before + after, undisturbed, strict=True):
+        assert all(ours.tokens[role].is_identical_to(scores) for role, scores in theirs.tokens.items())
+
+
+class LateProber:
+    """Looks whose results come only when they are asked for, as from an actor that is slower than training."""
+
+    def __init__(self, held_out: Batch) -> None:
+        self.held_out = held_out
+        self.waited_for: list[int] = []
+
+    def look(self, epoch: int, engine: Engine) -> Look:
+        prober, scores = self, engine.score(self.held_out)
+
+        class Late:
+            def is_ready(self) -> bool:
+                return False
+
+            def result(self) -> Looked:
+                prober.waited_for.append(epoch)
+                return Looked(scores)
+
+        return Late()
+
+
+def test_measurements_wait_for_their_looks_and_stay_in_order() -> None:
+    held_out = prepare(SHORT).held_out
+    assert held_out is not None
+    prober = LateProber(held_out)
+    late = list(run_trial(SHORT, prober=prober))
+    assert [each.record() for each in late] == [each.record() for each in run_trial(SHORT)]
+    assert prober.waited_for == sorted(prober.waited_for)
+
+
+def test_a_look_that_scores_the_trained_strings_otherwise_ends_the_trial() -> None:
+    material = prepare(SHORT)
+    assert material.held_out is not None
+
+    class Wrong(LateProber):
+        def look(self, epoch: int, engine: Engine) -> Look:
+            scores = engine.score(material.trained)
+            return Ready(Looked(None, replace(scores, log_prob=scores.log_prob + np.float32(1e-6))))
+
+    with pytest.raises(RuntimeError, match="must equal the trainer's to the last bit, but at epoch 0"):
+        list(run_trial(SHORT, prober=Wrong(material.held_out)))
+
+
+def test_the_batches_of_an_epoch_give_the_trainers_scores_again_bit_for_bit() -> None:
+    for changes in ({}, {"strings.num_strings": 4, "training.strings_per_step": 0, "training.strings_per_forward": 2}):
+        spec = changed({"training.keep_weights": "probe_epochs", "probes.epochs": (0, 3)} | changes)
+        material = prepare(spec)
+        alphabet = AlphabetIds(torch.as_tensor(material.symbol_ids), torch.full((7,), 1 / 7))
+        for each in run_trial(spec):
+            if each.weights is not None:
+                model = load_model(spec.model, seed=7).eval()
+                model.load_state_dict({name: as_tensor(array, torch.float32) for name, array in each.weights.items()})
+                forwards = forwards_of_epoch(spec, material.trained, each.epoch)
+                scores = TokenScores.concatenate([score(model, part, alphabet) for part in forwards])
+                assert scores.is_identical_to(each.tokens["trained"]), each.epoch
+
+
+def test_a_trial_of_many_devices_is_refused_in_one_process() -> None:
+    with pytest.raises(ValueError, match="one process runs trials of engine 'torch', but trial .* `run` starts them"):
+        list(run_trial(changed({"compute.engine": "deepspeed"})))

@@ -4,24 +4,18 @@ The actor is reused from trial to trial, and keeps its model. It writes to the l
 """
 
 import functools
-import platform
-import time
 import traceback
 from typing import Any
 
-import torch
-import transformers
 from ray import tune
 
-from memray.accelerators import accelerator
 from memray.cluster.ledger import AlreadyFinished, Attempt, Busy, Ledger, Superseded
+from memray.cluster.probing import ActorProber
+from memray.cluster.recorder import Recorder
+from memray.cluster.training import train
 from memray.cluster.weights import fetch
-from memray.measurement import MEASURE_VERSIONS, Measurement, string_table, token_table
 from memray.spec import TrialSpec
 from memray.trial import ModelShelf, run_trial
-
-# Seconds of measurements that an actor gathers before it writes a segment: what a crash can lose.
-SEGMENT_S = 5.0
 
 
 @functools.cache
@@ -30,7 +24,9 @@ def _shelf(owner: Any) -> ModelShelf:
     return ModelShelf(functools.partial(fetch, owner) if owner is not None else None)
 
 
-def run_in_actor(config: dict[str, Any], *, ledger: Ledger, launch_name: str, owner: Any) -> None:
+def run_in_actor(
+    config: dict[str, Any], *, ledger: Ledger, launch_name: str, owner: Any, probe_actors: list[Any]
+) -> None:
     """Tune's function: one trial, from its claim to its marker."""
     spec = TrialSpec.model_validate_json(config["cell"]["spec"])
     folder = ledger.trial(spec.trial_id())
@@ -43,7 +39,7 @@ def run_in_actor(config: dict[str, Any], *, ledger: Ledger, launch_name: str, ow
         return
     with attempt:
         try:
-            record_trial(spec, attempt, _shelf(owner))
+            _run(spec, attempt, owner, probe_actors)
         except Superseded as error:
             tune.report({"busy": str(error)})
         except ValueError:
@@ -53,40 +49,17 @@ def run_in_actor(config: dict[str, Any], *, ledger: Ledger, launch_name: str, ow
             raise
 
 
-def record_trial(spec: TrialSpec, attempt: Attempt, shelf: ModelShelf) -> None:
-    """Runs a trial and writes what it measures, a few segments in all."""
-    gathered: list[Measurement] = []
-    began = written = time.monotonic()
+def _run(spec: TrialSpec, attempt: Attempt, owner: Any, probe_actors: list[Any]) -> None:
+    """Trains here, or starts the workers that do, from where an earlier attempt had come to."""
 
-    def write() -> None:
-        attempt.append([each.record() for each in gathered], token_table(gathered), string_table(gathered))
-        for each in gathered:
-            if each.weights is not None:
-                attempt.keep_weights(each.epoch, each.weights)
-        gathered.clear()
+    def told(epoch: int) -> None:
+        tune.report({"epoch": epoch})
 
-    epoch = 0
-    for measurement in run_trial(spec, shelf=shelf):
-        gathered.append(measurement)
-        epoch = measurement.epoch
-        if time.monotonic() - written > SEGMENT_S:
-            write()
-            tune.report({"epoch": epoch})
-            written = time.monotonic()
-    if gathered:
-        write()
-    attempt.finish({"epochs": epoch, "seconds": round(time.monotonic() - began, 3), **provenance(spec)})
-
-
-def provenance(spec: TrialSpec) -> dict[str, Any]:
-    """What else the numbers depend on."""
-    is_cpu = accelerator(spec.compute.accelerator).device == "cpu"
-    return {
-        "probes_id": spec.probes.probes_id(),
-        "probes": spec.probes.model_dump_json(),
-        "measure_versions": MEASURE_VERSIONS,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": torch.backends.cpu.get_cpu_capability() if is_cpu else torch.cuda.get_device_name(),
-    }
+    checkpoint = attempt.folder.checkpoint()
+    if spec.compute.engine == "deepspeed":
+        train(spec, attempt, checkpoint, owner=owner, probe_actors=probe_actors, told=told)
+        return
+    prober = ActorProber(spec.model_dump_json(), probe_actors) if probe_actors else None
+    recorder = Recorder(spec, attempt, checkpoint, told=told)
+    measurements = run_trial(spec, shelf=_shelf(owner), prober=prober, keeper=recorder)
+    recorder.record(measurements, prober.summary if prober else dict)

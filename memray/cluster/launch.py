@@ -30,11 +30,11 @@ import ray
 from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 
-from memray.accelerators import accelerator
 from memray.cluster.ledger import AlreadyFinished, Busy, Ledger, State
+from memray.cluster.resources import concurrency, of_actor, phases
 from memray.cluster.storage import cluster_claims
 from memray.cluster.weights import start_weights_owner
-from memray.cost import cost
+from memray.placement import num_probe_actors
 from memray.spec import TrialSpec
 from memray.sweep import Sweep
 
@@ -112,44 +112,21 @@ def _probes_of(ledger: Ledger, trial: TrialSpec) -> str | None:
     return finished.summary.get("probes_id") if finished else None
 
 
-def resources(spec: TrialSpec) -> dict[str, float]:
-    """What one trial asks of Ray."""
-    asked = {"CPU": float(spec.compute.threads)}
-    if accelerator(spec.compute.accelerator).device != "cpu":
-        asked["GPU"] = spec.compute.device_share
-    return asked
-
-
-def concurrency(trials: Sequence[TrialSpec], nodes: Sequence[Mapping[str, float]]) -> int:
-    """How many trials run side by side: as many as the scarcest resource of the nodes holds.
-
-    Args:
-        nodes: The resources of each node, as Ray names them: "CPU", "GPU", "memory" in bytes.
-
-    Raises:
-        ValueError: If no node can ever hold some trial: Ray would wait for ever.
-    """
-    limits = []
-    for spec in trials:
-        asked = resources(spec)
-        if "GPU" not in asked:
-            asked["memory"] = cost(spec).peak_gib * 2**30
-        held = [min(int(node.get(name, 0) / amount + 1e-9) for name, amount in asked.items()) for node in nodes]
-        if not any(held):
-            needs = ", ".join(f"{amount:.3g} {name}" for name, amount in asked.items())
-            has = "; ".join(", ".join(f"{node.get(name, 0):.3g} {name}" for name in asked) for node in nodes)
-            raise ValueError(
-                f"each trial must fit on one node, but trial {spec.trial_id()} needs {needs}, and the nodes have "
-                f"{has}; join a larger cluster, or ask for less in the spec's compute"
-            )
-        limits.append(sum(held))
-    return min(limits)
-
-
 def launch(
-    sweep: Sweep, ledger: Ledger, watcher: Watcher, *, address: str | None = None, max_concurrent: int | None = None
+    sweep: Sweep,
+    ledger: Ledger,
+    watcher: Watcher,
+    *,
+    address: str | None = None,
+    max_concurrent: int | None = None,
+    probe_actors: int | None = None,
 ) -> Outcome:
     """Runs what is not finished, and returns when every trial is finished or has failed.
+
+    Args:
+        max_concurrent: Trials side by side at most.
+        probe_actors: Actors that score snapshots; with 0 each trial looks for itself. None leaves it to the size of
+            the cluster.
 
     Raises:
         ConnectionError: If the cluster cannot be reached.
@@ -164,7 +141,7 @@ def launch(
         try:
             if ledger.needs_claims:
                 ledger.with_claims(cluster_claims())
-            deaths = _launch_on_cluster(remaining, ledger, watcher, max_concurrent)
+            deaths = _launch_on_cluster(remaining, ledger, watcher, max_concurrent, probe_actors)
         finally:
             ray.shutdown()
     states = ledger.states(trial.trial_id() for trial in sweep.trials)
@@ -179,34 +156,93 @@ def launch(
 
 
 def _launch_on_cluster(
-    remaining: list[TrialSpec], ledger: Ledger, watcher: Watcher, max_concurrent: int | None
+    remaining: list[TrialSpec], ledger: Ledger, watcher: Watcher, max_concurrent: int | None, probe_actors: int | None
 ) -> dict[str, str]:
     """Runs the trials, and returns what Ray says of those whose folder could not even take the failure."""
-    name = uuid.uuid4().hex[:12]
-    side_by_side = concurrency(remaining, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-    side_by_side = min(side_by_side, max_concurrent or side_by_side, len(remaining))
-    owner = start_weights_owner() if any(spec.model.pretrained for spec in remaining) else None
-    watcher.began(len(remaining), side_by_side)
+    nodes = {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
+    concurrency(remaining, list(nodes.values()))  # before anything is started
+    actors = start_probe_actors(remaining, nodes, probe_actors)
+    groups = [(group, concurrency(group, list(nodes.values()))) for group in phases(remaining)]
+    shared = Shared(
+        ledger=ledger,
+        launch_name=uuid.uuid4().hex[:12],
+        owner=start_weights_owner() if any(spec.model.pretrained for spec in remaining) else None,
+        probe_actors=actors,
+    )
+    if actors:
+        watcher.says(f"{len(actors)} probe actors score snapshots while trials train on")
+    watcher.began(len(remaining), max(min(held, max_concurrent or held, len(group)) for group, held in groups))
     deaths: dict[str, str] = {}
     while remaining:
-        announcer = Announcer(ledger, watcher, name)
-        run_on_tune(remaining, ledger, name, owner, side_by_side, announcer)
-        deaths |= announcer.deaths
-        remaining = [spec for spec in remaining if spec.trial_id() in announcer.busy]
+        busy: dict[str, str] = {}
+        for group, held in groups:
+            trials = [spec for spec in group if spec in remaining]
+            if trials:
+                announcer = Announcer(ledger, watcher, shared.launch_name)
+                run_on_tune(trials, shared, min(held, max_concurrent or held), announcer)
+                deaths |= announcer.deaths
+                busy |= announcer.busy
+        remaining = [spec for spec in remaining if spec.trial_id() in busy]
         if remaining:
-            watcher.says(next(iter(announcer.busy.values())))
+            watcher.says(next(iter(busy.values())))
             time.sleep(WAIT_S)
     return deaths
 
 
-def run_on_tune(
-    trials: Sequence[TrialSpec], ledger: Ledger, name: str, owner: Any, side_by_side: int, announcer: "Announcer"
-) -> None:
+def start_probe_actors(trials: Sequence[TrialSpec], nodes: dict[str, dict[str, float]], number: int | None) -> list:
+    """Starts actors that score snapshots, and takes what they hold off their nodes.
+
+    Args:
+        nodes: What each node has, by its id; changed.
+        number: None means by the number of devices.
+
+    Raises:
+        ValueError: If that many are asked for, but the trials do not all run on one kind of device.
+    """
+    kinds = {(spec.compute.accelerator, spec.compute.threads) for spec in trials}
+    (kind, threads), *others = sorted(kinds)
+    asked: dict[str, float] = {"CPU": float(threads)} | ({} if kind == "cpu" else {"GPU": 1.0})
+    if number is None:
+        devices = sum(node.get("CPU" if kind == "cpu" else "GPU", 0) for node in nodes.values())
+        number = 0 if others else num_probe_actors(int(devices))
+    if number == 0:
+        return []
+    if others:
+        raise ValueError(
+            f"probe actors score on the kind of device that trains, but the trials run on several: {sorted(kinds)}; "
+            "set --probe-actors 0, or split the study"
+        )
+    room = sum(min(int(node.get(name, 0) / amount) for name, amount in asked.items()) for node in nodes.values())
+    if room < number:
+        raise ValueError(
+            f"the probe actors must fit the cluster, but {number} of {asked} were asked for and it holds {room}; lower "
+            "--probe-actors"
+        )
+    # Restarted when they die, and what they were at is done once more.
+    remote = ray.remote(num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), max_restarts=-1, max_task_retries=1)
+    actors = [remote(_ProbeActor).remote() for _ in range(number)]
+    for node_id in ray.get([actor.node_id.remote() for actor in actors]):
+        for name, amount in asked.items():
+            nodes[node_id][name] -= amount
+    return actors
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What every trial of a launch is given."""
+
+    ledger: Ledger
+    launch_name: str
+    owner: Any
+    probe_actors: list[Any]
+
+
+def run_on_tune(trials: Sequence[TrialSpec], shared: Shared, side_by_side: int, announcer: "Announcer") -> None:
     """Lets Tune run each of the trials once."""
     by_id = {spec.trial_id(): spec for spec in trials}
     trainable = tune.with_resources(
-        tune.with_parameters(_run_in_actor, ledger=ledger, launch_name=name, owner=owner),
-        lambda config: tune.PlacementGroupFactory([resources(by_id[config["cell"]["trial_id"]])]),
+        tune.with_parameters(_run_in_actor, shared=shared),
+        lambda config: tune.PlacementGroupFactory([of_actor(by_id[config["cell"]["trial_id"]])]),
     )
     cells = [{"trial_id": trial_id, "spec": spec.model_dump_json()} for trial_id, spec in by_id.items()]
     with tempfile.TemporaryDirectory(prefix="memray-tune-") as scratch:
@@ -215,7 +251,7 @@ def run_on_tune(
             param_space={"cell": tune.grid_search(cells)},
             tune_config=tune.TuneConfig(max_concurrent_trials=side_by_side, reuse_actors=True),
             run_config=tune.RunConfig(
-                name=name,
+                name=shared.launch_name,
                 storage_path=scratch,
                 verbose=0,
                 callbacks=[announcer],
@@ -224,11 +260,23 @@ def run_on_tune(
         ).fit()
 
 
-def _run_in_actor(config: dict[str, Any], *, ledger: Ledger, launch_name: str, owner: Any) -> None:
+class _ProbeActor:
+    """A probe actor that imports torch in its own process alone."""
+
+    def node_id(self) -> str:
+        return ray.get_runtime_context().get_node_id()
+
+    def look(self, *arguments: Any) -> Any:
+        from memray.cluster.probing import look
+
+        return look(*arguments)
+
+
+def _run_in_actor(config: dict[str, Any], *, shared: Shared) -> None:
     # Imported in the actor alone: the driver has no use for torch and transformers, which take seconds to import.
     from memray.cluster.actor import run_in_actor
 
-    run_in_actor(config, ledger=ledger, launch_name=launch_name, owner=owner)
+    run_in_actor(config, **vars(shared))
 
 
 class Announcer(TrialProgressCallback):

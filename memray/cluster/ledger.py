@@ -6,6 +6,8 @@
         tokens/<attempt>-<segment>.parquet, strings/<attempt>-<segment>.parquet
         measurements/<attempt>-<segment>.jsonl    written last: it commits the segment
         weights/<attempt>-<epoch>.safetensors   where the spec keeps them
+        checkpoints/<attempt>-<epoch>/...   an engine's files, until a newer checkpoint or the end
+        checkpoints/<attempt>-<epoch>.json  written after them: it commits the checkpoint
         failed-<attempt>.json               the traceback of an attempt that failed
         finished.json                       written last of all: attempt, digests, summary
         notes/<name>.json                   small facts beside the truth, such as an MLflow run id
@@ -102,6 +104,11 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class Cursor(NamedTuple):
     """How far a reader has come: the segments of one attempt. It survives JSON as a list of two."""
 
@@ -110,6 +117,11 @@ class Cursor(NamedTuple):
 
 
 START = Cursor(attempt=0, segment=0)
+
+
+def _segments(kind: str, end: Cursor) -> list[str]:
+    """The paths of an attempt's segments up to a cursor."""
+    return [_segment(kind, end.attempt, number) for number in range(1, end.segment + 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +144,35 @@ class Finished:
     measurements_sha256: str
     files: dict[str, str]
     summary: Json
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptCheckpoint:
+    """What a checkpoint's JSON says.
+
+    Attributes:
+        attempt: The attempt that made it.
+        epoch: The epoch whose weights it holds.
+        segments: The attempt's committed segments, which hold all earlier epochs.
+        weights: Names of the kept weights of these epochs.
+        files: sha256 of each of the engine's files, by name.
+        about: What the caller had to say of it.
+    """
+
+    attempt: int
+    epoch: int
+    segments: int
+    weights: list[str]
+    files: dict[str, str]
+    about: Json
+
+    @property
+    def name(self) -> str:
+        return _checkpoint(self.attempt, self.epoch)
+
+
+def _checkpoint(attempt: int, epoch: int) -> str:
+    return f"checkpoints/{attempt:04d}-{epoch:06d}"
 
 
 # --- Leases ---------------------------------------------------------------------------------------
@@ -412,14 +453,64 @@ class TrialFolder:
 
     def _table(self, kind: str) -> pa.Table:
         end, finished = self._committed()
-        paths = [_segment(kind, end.attempt, number) for number in range(1, end.segment + 1)]
+        paths = _segments(kind, end)
         if finished is None:
             present = {f"{kind}/{name}" for name in self.ledger.storage.list(self._path(kind))}
         else:
             present = set(finished.files)
-        tables = [pq.ParquetFile(pa.BufferReader(self._read(path))).read() for path in paths if path in present]
+        return self._read_tables([path for path in paths if path in present])
+
+    def _read_tables(self, paths: Sequence[str]) -> pa.Table:
+        tables = [pq.ParquetFile(pa.BufferReader(self._read(path))).read() for path in paths]
         # A later segment may have columns that an earlier one lacks.
         return pa.concat_tables(tables, promote_options="default") if tables else pa.table({})
+
+    def checkpoint(self) -> KeptCheckpoint | None:
+        """The newest whole checkpoint; None if there is none."""
+        names = self.ledger.storage.list(self._path("checkpoints"))
+        newest = max((name for name in names if re.fullmatch(r"\d{4,}-\d{6,}\.json", name)), default=None)
+        document = newest and self._read_json(f"checkpoints/{newest}")
+        return KeptCheckpoint(**document) if document else None
+
+    def before_checkpoint(self, checkpoint: KeptCheckpoint) -> tuple[list[Json], pa.Table, pa.Table]:
+        """The measurements of all epochs before a checkpoint, and their per-token and per-string records.
+
+        Raises:
+            ValueError: If some are gone.
+            StorageError: If the storage cannot be read.
+        """
+        cursor = Cursor(checkpoint.attempt, checkpoint.segments)
+        try:
+            lines = [self._read(path) for path in _segments("measurements", cursor)]
+            tables = {kind: self._read_tables(_segments(kind, cursor)) for kind in ("tokens", "strings")}
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"a checkpoint needs all measurements before it, but one is gone ({error}); delete "
+                f"{self._path('checkpoints')} to train from the start"
+            ) from error
+        return [json.loads(line) for line in b"".join(lines).splitlines()], tables["tokens"], tables["strings"]
+
+    def fetch_checkpoint(self, checkpoint: KeptCheckpoint, into: Path) -> None:
+        """Make the engine's files of a checkpoint readable in a local folder.
+
+        Raises:
+            ValueError: If a file is missing, or does not match its digest.
+            StorageError: If the storage cannot be read.
+        """
+        for name, digest in checkpoint.files.items():
+            target = into / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.ledger.storage.fetch(self._path(f"{checkpoint.name}/{name}"), target)
+                found = _digest_of_file(target)
+            except FileNotFoundError:
+                found = "missing"
+            if found != digest:
+                raise ValueError(
+                    f"each file of a checkpoint must match its digest, but {self._path(checkpoint.name)}/{name} is "
+                    f"{'missing' if found == 'missing' else 'another'}; delete {self._path('checkpoints')} to train "
+                    "from the start"
+                )
 
     def verify(self) -> list[str]:
         """Compare a finished trial with its digests.
@@ -538,43 +629,23 @@ def _sealed(finished: Finished) -> Json:
     return {**document, "sha256": _digest(_encode(document, "the summary of a trial"))}
 
 
-class Attempt:
-    """The right to write one trial, made by `TrialFolder.claim`; while entered, a thread renews its lease.
+class Writer:
+    """Writes what one attempt at a trial measures. Every write raises `Superseded` once a newer attempt exists.
 
-    Leaving releases the lease and records nothing: an attempt that was neither finished nor failed is one
-    that was interrupted. Every write raises `Superseded` once a newer attempt exists. One thread writes.
+    One process and thread of an attempt writes measurements; its other processes may put files of a checkpoint. A
+    writer can be sent to another process before its first write.
 
     Attributes:
         number: Which attempt at the trial this is, from 1.
     """
 
-    def __init__(self, folder: TrialFolder, lease: Lease, files: dict[str, str]):
+    def __init__(self, folder: TrialFolder, number: int, files: Mapping[str, str]):
         self.folder = folder
-        self.number = lease.attempt
-        self._lease = lease
-        self._files = files
+        self.number = number
+        self._files = dict(files)
         self._num_segments = 0
-        self._measurements_hash = hashlib.sha256()
+        self._lines: list[bytes] = []
         self._is_over = False
-        self._stop = threading.Event()
-        self._renewer = threading.Thread(target=self._renew, name=f"lease-{folder.trial_id}", daemon=True)
-
-    def __enter__(self) -> "Attempt":
-        self._renewer.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._renewer.join()
-        self.folder._release(self._lease)
-
-    def _renew(self) -> None:
-        while not self._stop.wait(self.folder.ledger.renewal_s):
-            self._lease = replace(self._lease, renewed_s=time.time())
-            data = _encode(asdict(self._lease), "a lease")
-            with contextlib.suppress(OSError):  # the storage may come back before the lease expires
-                # Not durable: a sync can wait longer than a lease lives, behind a large checkpoint.
-                self.folder._replace(_lease_file(self._lease), data, durable=False)
 
     def _check(self) -> None:
         if self._is_over:
@@ -622,7 +693,7 @@ class Attempt:
         self.folder._replace(_segment("measurements", self.number, number), b"".join(lines))
         self._num_segments = number
         self._files |= files
-        self._measurements_hash.update(b"".join(lines))
+        self._lines += lines
 
     def keep_weights(self, epoch: int, weights: Mapping[str, ndarray]) -> None:
         """Keep the weights of an epoch as `weights/<attempt>-<epoch>.safetensors`.
@@ -630,10 +701,77 @@ class Attempt:
         Raises:
             Superseded, StorageError: As `append` does.
         """
+        self._keep_weights(f"{epoch:06d}.safetensors", save_safetensors(dict(weights)))
+
+    def _keep_weights(self, name: str, data: bytes) -> None:
         self._check()
-        path, data = f"weights/{self.number:04d}-{epoch:06d}.safetensors", save_safetensors(dict(weights))
+        path = f"weights/{self.number:04d}-{name}"
         self.folder._replace(path, data)
         self._files[path] = _digest(data)
+
+    def put_checkpoint(self, epoch: int, folder: Path) -> dict[str, str]:
+        """Put files of a checkpoint that `commit_checkpoint` will commit; their sha256 by name.
+
+        Args:
+            epoch: The epoch whose weights it holds.
+            folder: Every file in it; processes that put files for one checkpoint name them differently.
+
+        Raises:
+            Superseded, StorageError: As `append` does.
+        """
+        self._check()
+        files = {}
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            self.folder.ledger.storage.replace(self.folder._path(f"{_checkpoint(self.number, epoch)}/{name}"), path)
+            files[name] = _digest_of_file(path)
+        return files
+
+    def commit_checkpoint(self, epoch: int, files: Mapping[str, str], about: Json) -> None:
+        """Declare a checkpoint whole, and drop older ones. All earlier epochs were appended before.
+
+        Args:
+            files: What every process's `put_checkpoint` returned, together.
+            about: What a resuming attempt checks; JSON as in `append`.
+
+        Raises:
+            ValueError, Superseded, StorageError: As `append` does.
+        """
+        weights = [path for path in self._files if path.startswith("weights/")]
+        kept = KeptCheckpoint(
+            attempt=self.number,
+            epoch=epoch,
+            segments=self._num_segments,
+            weights=weights,
+            files=dict(files),
+            about=about,
+        )
+        data = _encode(asdict(kept), "a checkpoint")
+        self._check()
+        self.folder._replace(f"{kept.name}.json", data)
+        self._drop_checkpoints(but=kept.name)
+
+    def _drop_checkpoints(self, but: str = "") -> None:
+        storage, kept = self.folder.ledger.storage, but.rpartition("/")[2]
+        root = self.folder._path("checkpoints")
+        with contextlib.suppress(OSError):  # a leftover costs room alone
+            names = [name for name in storage.list(root) if not kept or not name.startswith(kept)]
+            for name in (name for name in names if not name.endswith("/")):
+                storage.delete(f"{root}/{name}")  # first what commits it
+            for name in (name for name in names if name.endswith("/")):
+                storage.delete_folder(f"{root}/{name}")
+
+    def adopt(self, checkpoint: KeptCheckpoint) -> None:
+        """Append what an earlier attempt had measured up to its checkpoint.
+
+        Raises:
+            ValueError: If some of it is gone.
+            Superseded, StorageError: As `append` does.
+        """
+        lines, tokens, strings = self.folder.before_checkpoint(checkpoint)
+        self.append(lines, tokens, strings)
+        for path in checkpoint.weights:
+            self._keep_weights(path.rpartition("-")[2], self.folder._read(path))
 
     def finish(self, summary: Json) -> None:
         """Declare what was appended the trial's result.
@@ -648,11 +786,12 @@ class Attempt:
             attempt=self.number,
             segments=self._num_segments,
             finished_ms=int(time.time() * 1000),
-            measurements_sha256=self._measurements_hash.hexdigest(),
+            measurements_sha256=_digest(b"".join(self._lines)),
             files=self._files,
             summary=summary,
         )
         self._conclude("finished.json", _sealed(finished))
+        self._drop_checkpoints()
 
     def fail(self, traceback: str) -> None:
         """Record that the attempt failed, and why. The trial may be claimed again.
@@ -672,3 +811,38 @@ class Attempt:
         except FileExistsError as error:
             raise self._superseded(f"{name} was written by another") from error
         self._is_over = True
+
+
+class Attempt(Writer):
+    """The right to write one trial, made by `TrialFolder.claim`; while entered, a thread renews its lease.
+
+    Leaving releases the lease and records nothing: an attempt that was neither finished nor failed is one
+    that was interrupted.
+    """
+
+    def __init__(self, folder: TrialFolder, lease: Lease, files: Mapping[str, str]):
+        super().__init__(folder, lease.attempt, files)
+        self._lease = lease
+        self._stop = threading.Event()
+        self._renewer = threading.Thread(target=self._renew, name=f"lease-{folder.trial_id}", daemon=True)
+
+    def __enter__(self) -> "Attempt":
+        self._renewer.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._renewer.join()
+        self.folder._release(self._lease)
+
+    def _renew(self) -> None:
+        while not self._stop.wait(self.folder.ledger.renewal_s):
+            self._lease = replace(self._lease, renewed_s=time.time())
+            data = _encode(asdict(self._lease), "a lease")
+            with contextlib.suppress(OSError):  # the storage may come back before the lease expires
+                # Not durable: a sync can wait longer than a lease lives, behind a large checkpoint.
+                self.folder._replace(_lease_file(self._lease), data, durable=False)
+
+    def elsewhere(self) -> Writer:
+        """Writes in this attempt's stead in another process, while the lease is renewed here."""
+        return Writer(self.folder, self.number, self._files)

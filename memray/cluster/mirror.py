@@ -160,11 +160,12 @@ def code_tags() -> dict[str, str]:
     for package in ("memray", "torch", "transformers", "ray", "mlflow", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
             tags[f"version.{package}"] = version(package)
-    commit = os.environ.get("MEMRAY_GIT_COMMIT") or _git_commit()
+    commit = os.environ.get("MEMRAY_GIT_COMMIT") or git_commit()
     return tags | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit that the project's files are at; None where they are no repository, as in a job."""
     root = Path(__file__).parents[2]
     found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or None

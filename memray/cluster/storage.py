@@ -1,4 +1,4 @@
-"""Where a ledger lives: a folder or a bucket, behind five verbs.
+"""Where a ledger lives: a folder or a bucket, behind a few verbs.
 
 What the ledger needs of a storage is small: files that appear whole or not at all, and one verb that only one of
 several writers can succeed at. A file system gives both; on an object store the second is the business of one actor.
@@ -7,6 +7,7 @@ several writers can succeed at. A file system gives both; on an object store the
 import contextlib
 import errno
 import os
+import shutil
 import threading
 import uuid
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import pyarrow.fs as pa_fs
+
+# Bytes of a large file that are in memory at once.
+COPIED_AT_ONCE = 2**24
 
 
 class StorageError(OSError):
@@ -84,17 +88,36 @@ class PosixStorage:
                 _create(target, data, durable=True)  # mounted buckets and exFAT have no hard links
         _sync_folder(target.parent)
 
-    def replace(self, path: str, data: bytes, *, durable: bool = True) -> None:
-        """Write a file whether it exists or not; `durable` waits until it would outlast a power cut."""
+    def replace(self, path: str, data: bytes | Path, *, durable: bool = True) -> None:
+        """Write a file whether it exists or not, from bytes or from a local file, which may be large.
+
+        `durable` waits until it would outlast a power cut.
+        """
         target = self.root / path
         with _explained(self, "write", path), _temporary_file(target, data, durable=durable) as temporary:
             os.replace(temporary, target)
         if durable:
             _sync_folder(target.parent)
 
+    def fetch(self, path: str, local: Path) -> None:
+        """Make a file readable at a local path, without a copy where that is possible."""
+        with _explained(self, "read", path, FileNotFoundError):
+            os.stat(self.root / path)
+            local.symlink_to(self.root / path)
+
+    def delete(self, path: str) -> None:
+        """Remove a file, if it is there."""
+        with _explained(self, "delete", path):
+            (self.root / path).unlink(missing_ok=True)
+
+    def delete_folder(self, folder: str) -> None:
+        """Remove a folder and all that is in it, if it is there."""
+        with _explained(self, "delete", folder), contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.root / folder)
+
 
 @contextlib.contextmanager
-def _temporary_file(target: Path, data: bytes, *, durable: bool) -> Iterator[Path]:
+def _temporary_file(target: Path, data: bytes | Path, *, durable: bool) -> Iterator[Path]:
     """A file with `data` beside its target, gone afterwards under this name."""
     _make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
@@ -105,9 +128,13 @@ def _temporary_file(target: Path, data: bytes, *, durable: bool) -> Iterator[Pat
         temporary.unlink(missing_ok=True)
 
 
-def _create(path: Path, data: bytes, *, durable: bool) -> None:
+def _create(path: Path, data: bytes | Path, *, durable: bool) -> None:
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-        file.write(data)
+        if isinstance(data, Path):
+            with data.open("rb") as source:
+                shutil.copyfileobj(source, file, COPIED_AT_ONCE)
+        else:
+            file.write(data)
         file.flush()
         if durable:
             os.fsync(file.fileno())
@@ -197,13 +224,36 @@ class ObjectStorage:
         if not self.claims.create(self.uri, path, data):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
 
-    def replace(self, path: str, data: bytes, *, durable: bool = True) -> None:
+    def replace(self, path: str, data: bytes | Path, *, durable: bool = True) -> None:
         """See `PosixStorage.replace`; a completed upload is always durable."""
         with (
             _explained(self, "write", path),
             self.filesystem.open_output_stream(f"{self.root}/{path}") as stream,
         ):
-            stream.write(data)
+            if isinstance(data, Path):
+                with data.open("rb") as source:
+                    shutil.copyfileobj(source, stream, COPIED_AT_ONCE)
+            else:
+                stream.write(data)
+
+    def fetch(self, path: str, local: Path) -> None:
+        """See `PosixStorage.fetch`."""
+        with (
+            _explained(self, "read", path, FileNotFoundError),
+            self.filesystem.open_input_stream(f"{self.root}/{path}") as stream,
+            local.open("wb") as target,
+        ):
+            shutil.copyfileobj(stream, target, COPIED_AT_ONCE)
+
+    def delete(self, path: str) -> None:
+        """See `PosixStorage.delete`."""
+        with _explained(self, "delete", path), contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_file(f"{self.root}/{path}")
+
+    def delete_folder(self, folder: str) -> None:
+        """See `PosixStorage.delete_folder`."""
+        with _explained(self, "delete", folder), contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_dir(f"{self.root}/{folder.rstrip('/')}")
 
 
 Storage = PosixStorage | ObjectStorage

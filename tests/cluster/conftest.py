@@ -1,15 +1,25 @@
 """Real sweeps through the real command line, each in processes of its own."""
 
+import contextlib
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 import memray
+from memray.cluster.ledger import Ledger
+from memray.cluster.storage import Claims
+
+from ..ports import free_port
 
 ROOT = Path(memray.__path__[0]).parent
 
@@ -80,6 +90,7 @@ class StudyFolder:
 
 
 def make_study_folder(folder: Path, study: str = STUDY) -> StudyFolder:
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "small.py").write_text(study)
     return StudyFolder(folder)
 
@@ -95,3 +106,82 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
     made = make_study_folder(tmp_path_factory.mktemp("finished"))
     made.run("run", "--max-concurrent", "1")
     return made
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """URI of an empty bucket on an S3 server of this test run."""
+    pytest.importorskip("moto")
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
+            for _ in range(200):
+                try:
+                    urllib.request.urlopen(request).close()
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            yield f"s3://test:test@bucket/{{}}?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1"
+        finally:
+            server.kill()
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Ledger:
+    """An empty ledger, once in a folder and once in a bucket: the contract holds for both."""
+    if request.param == "folder":
+        return Ledger(str(tmp_path / "runs"), "sweep")
+    uri = request.getfixturevalue("bucket").format(request.node.name.partition("[")[0])
+    return Ledger(uri, "sweep", claims=Claims())
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Ledger:
+    return Ledger(str(tmp_path / "runs"), "sweep")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A Ray head node of four pretended cores, started by hand as on a cluster."""
+
+    address: str
+    dashboard: str
+
+    def placement_groups(self) -> list[str]:
+        """Ids of the placement groups that are left."""
+        from ray.util.state import list_placement_groups
+
+        groups = list_placement_groups(address=self.dashboard, filters=[("state", "!=", "REMOVED")])
+        return [group.placement_group_id for group in groups]
+
+
+@pytest.fixture(scope="session")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """`ray start --head` on ports of its own; its processes are ended by their ids."""
+    import psutil
+
+    port, dashboard = free_port(), free_port()
+    before = {each.pid for each in psutil.process_iter()}
+    temporary = tempfile.mkdtemp(prefix="memray-ray-")  # Ray's sockets need a short path
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--num-cpus=4", "--disable-usage-stats"]
+    command += [f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    command += ["--node-ip-address=127.0.0.1", f"--temp-dir={temporary}"]
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    started = [
+        each
+        for each in psutil.process_iter(["cmdline"])
+        if each.pid not in before and temporary in " ".join(each.info["cmdline"] or [])
+    ]
+    try:
+        yield Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
+    finally:
+        for each in started:
+            for process in (*each.children(recursive=True), each):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from memray.cluster.launch import concurrency, resources
+from memray.cluster.resources import concurrency, of_actor
 from memray.spec import ComputeSpec, StringsSpec, TrialSpec
 
 GIB = 2**30
@@ -27,13 +27,13 @@ def test_shares_of_a_device_count() -> None:
     node = {"CPU": 64.0, "GPU": 2.0, "memory": 64.0 * GIB}
     assert concurrency([trial(accelerator="h200")], [node]) == 2
     assert concurrency([trial(accelerator="h200", device_share=0.25)], [node]) == 8
-    assert resources(trial(accelerator="h200", device_share=0.25)) == {"CPU": 1.0, "GPU": 0.25}
+    assert of_actor(trial(accelerator="h200", device_share=0.25)) == {"CPU": 1.0, "GPU": 0.25}
 
 
 def test_nodes_add_up_but_no_trial_spans_two() -> None:
     nodes = [{"CPU": 4.0, "memory": 64.0 * GIB}] * 4
     assert concurrency([trial(threads=2)], nodes) == 8
-    with pytest.raises(ValueError, match=r"each trial must fit on one node, but trial .* needs 8 CPU"):
+    with pytest.raises(ValueError, match=r"each process of a trial must fit on one node, but trial .* each needs 8 CPU"):
         concurrency([trial(threads=8)], nodes)
 
 

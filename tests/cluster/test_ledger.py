@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -79,42 +78,6 @@ def hear(process: subprocess.Popen[str]) -> str:
 def pipe(stream: IO[str] | None) -> IO[str]:
     assert stream is not None
     return stream
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """URI of an empty bucket on an S3 server of this test run."""
-    pytest.importorskip("moto")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            request = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
-            for _ in range(200):
-                try:
-                    urllib.request.urlopen(request).close()
-                    break
-                except OSError:
-                    time.sleep(0.1)
-            yield f"s3://test:test@bucket/{{}}?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1"
-        finally:
-            server.kill()
-
-
-@pytest.fixture(params=["folder", "bucket"])
-def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Ledger:
-    """An empty ledger, once in a folder and once in a bucket: the contract holds for both."""
-    if request.param == "folder":
-        return Ledger(str(tmp_path / "runs"), "sweep")
-    uri = request.getfixturevalue("bucket").format(request.node.name.partition("[")[0])
-    return Ledger(uri, "sweep", claims=Claims())
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> Ledger:
-    return Ledger(str(tmp_path / "runs"), "sweep")
 
 
 def write(ledger: Ledger, name: str, data: bytes) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from memray.cluster.tracking import results
 from memray.sweep import Sweep, load
 from memray.trial import run_trial
 
+from ..ports import free_port
 from .conftest import STUDY, StudyFolder, make_study_folder
 
 
@@ -238,9 +238,7 @@ def test_pretrained_weights_come_through_the_object_store_with_the_same_bits(tmp
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
     """A real MLflow server on loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
     command += ["--artifacts-destination", str(tmp_path / "artifacts")]

@@ -1,0 +1,276 @@
+"""The engine of many devices: DeepSpeed, at any stage of ZeRO, in one process a device.
+
+The loop above it is the same in every process and sees the same scores. What a step's loss is weighted by, and which
+process computes which strings, is decided here; Ray is not known here, so that plain processes can run it.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from memray.cost import BUCKET
+from memray.encoding import Batch
+from memray.finetune import (
+    Stop,
+    as_numpy,
+    generator_states,
+    optimiser,
+    parts,
+    scoring_passes,
+    set_generator_states,
+)
+from memray.scoring import (
+    AlphabetIds,
+    LogitColumns,
+    TokenScores,
+    body_and_head,
+    chunks,
+    collect,
+    fp32_logits,
+    score_logits,
+    target_states,
+    vocabulary_size,
+)
+from memray.spec import TrialSpec
+
+# All that DeepSpeed's checkpoints name beside tensors and plain values; anything else is refused unread.
+CHECKPOINT_GLOBALS = frozenset(
+    {
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.utils.tensor_fragment.fragment_address",
+    }
+)
+# DeepSpeed names a folder within a checkpoint after a tag.
+TAG = "state"
+
+
+class ScoredLoss(nn.Module):
+    """A model whose forward pass gives the summed loss of its targets and, on the side, their scores.
+
+    One module, because ZeRO-3 gathers and releases weights by the calls of the module that it was given.
+    """
+
+    def __init__(self, model: nn.Module, alphabet: AlphabetIds) -> None:
+        super().__init__()
+        self.model = model
+        self.alphabet = alphabet
+        self.columns: dict[int, LogitColumns] = {}
+
+    def forward(self, ids: Int[Tensor, "strings tokens"], is_target: Bool[Tensor, "strings tokens"]) -> Tensor:
+        body, _ = body_and_head(self.model)
+        batch = Batch(ids=ids, is_target=is_target, attention_mask=ids, num_leading=0)
+        states, target_ids = target_states(body(input_ids=ids).last_hidden_state, batch)
+        self.columns = {}
+        size = vocabulary_size_of(self.model)
+        losses = []
+        for part in chunks(len(target_ids), size):
+            arguments = (part.start, states[part], target_ids[part])
+            # Logits of many chunks are made again in the backward pass, so that one chunk is alive at a time.
+            is_whole = part.start == 0 and part.stop == len(target_ids)
+            again = torch.is_grad_enabled() and not is_whole
+            losses.append(recompute(self._chunk, *arguments, use_reentrant=False) if again else self._chunk(*arguments))
+        return torch.stack(losses).sum()
+
+    def _chunk(self, start: int, states: Float[Tensor, "targets hidden"], target_ids: Int[Tensor, " targets"]) -> Tensor:
+        _, head = body_and_head(self.model)
+        logits = fp32_logits(head, states)
+        if start not in self.columns:
+            with torch.no_grad():
+                self.columns[start] = score_logits(logits.detach(), target_ids, self.alphabet)
+        return nn.functional.cross_entropy(logits, target_ids, reduction="sum")
+
+    def scores(self, batch: Batch) -> TokenScores:
+        """The scores of the last forward pass."""
+        return collect([self.columns[start] for start in sorted(self.columns)], batch)
+
+
+def vocabulary_size_of(model: nn.Module) -> int:
+    """The number of logits; ZeRO-3 leaves a weight without a shape until it is gathered."""
+    weight = body_and_head(model)[1].weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])  # type: ignore[arg-type]
+
+
+def deepspeed_config(spec: TrialSpec) -> dict[str, Any]:
+    """DeepSpeed's own settings for a trial; the optimiser and its rate are ours."""
+    compute, training = spec.compute, spec.training
+    zero: dict[str, Any] = {
+        "stage": compute.zero_stage,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+        "stage3_prefetch_bucket_size": BUCKET,
+    }
+    if compute.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if compute.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        # Only their product counts: the engine is told the boundary of each step.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": training.clip_norm,
+        "bf16": {"enabled": compute.precision == "bf16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "comms_logger": {"enabled": compute.logs_communication, "prof_all": True, "verbose": False},
+    }
+
+
+class DeepSpeedEngine:
+    """One process of many; torch.distributed is initialised before one is made, and every process makes one."""
+
+    def __init__(self, spec: TrialSpec, model: nn.Module, alphabet: AlphabetIds, device: torch.device) -> None:
+        os.environ["DS_ACCELERATOR"] = device.type
+        import deepspeed
+
+        # It would be compiled on first use, by a lock that a killed process leaves behind, and only the CPU has it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+        deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if self.world != spec.compute.workers:
+            raise ValueError(
+                f"trial {spec.trial_id()} must run on compute.workers={spec.compute.workers} processes, but got "
+                f"{self.world}"
+            )
+        self.is_main = self.rank == 0
+        self.spec = spec
+        self.device = device
+        self.training = spec.training
+        # Objects travel apart from tensors, through the memory of the host.
+        self.group = dist.new_group(backend="gloo")
+        torch.manual_seed(spec.order_seed + self.rank)  # dropout alone draws from it
+        if spec.training.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.model = model
+        self.engine, *_ = deepspeed.initialize(
+            model=ScoredLoss(model, alphabet.to(device)),
+            optimizer=optimiser(weights, spec.training),
+            config=deepspeed_config(spec),
+        )
+
+    # --- one step ----------------------------------------------------------------------------------------------
+
+    def step(self, batch: Batch, learning_rate: float, stop: Stop | None = None) -> TokenScores:
+        shares = self._shares(batch)
+        own = shares[self.rank % len(shares)]
+        # DeepSpeed averages over workers: each counts by its targets, and a step that all of them repeat counts once.
+        weight = len(shares) / int(batch.is_target.sum())
+        forwards = parts(own, self.training.strings_per_forward or len(own.ids))
+        scored = []
+        self.engine.train()
+        for index, part in enumerate(forwards):
+            self.engine.set_gradient_accumulation_boundary(index == len(forwards) - 1)
+            scored.append(self._forward(part, weight, backward=True))
+        told = self.gather(TokenScores.concatenate(scored))
+        scores = TokenScores.concatenate(told[: len(shares)])
+        if stop is None or not stop(scores):
+            for group in self.engine.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.engine.step()
+        return scores
+
+    def _shares(self, batch: Batch) -> list[Batch]:
+        """What each worker computes of a step; one share where all of them compute all of it."""
+        num_strings = len(batch.ids)
+        return [batch] if num_strings < self.world else parts(batch, num_strings // self.world)
+
+    def _forward(self, batch: Batch, weight: float = 1.0, *, backward: bool = False) -> TokenScores:
+        on_device = batch.to(self.device)
+        loss = self.engine(on_device.ids, on_device.is_target)
+        scores = self.engine.module.scores(batch)
+        if backward:
+            self.engine.backward(loss * weight, scale_wrt_gas=False)
+        return scores
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> TokenScores:
+        """The passes are shared out in turn; every process runs as many, because under ZeRO-3 all gather together."""
+        self.engine.eval()
+        passes = scoring_passes(batch)
+        rounds = [passes[begin : begin + self.world] for begin in range(0, len(passes), self.world)]
+        own = [self._forward(each[min(self.rank, len(each) - 1)]) for each in rounds]
+        told = self.gather(own)
+        scored = [told[rank][k] for k, each in enumerate(rounds) for rank in range(len(each))]
+        return TokenScores.concatenate(scored)
+
+    # --- between the processes ---------------------------------------------------------------------------------
+
+    def gather(self, value: Any) -> list[Any]:
+        told: list[Any] = [None] * self.world
+        dist.all_gather_object(told, value, group=self.group)
+        return told
+
+    def snapshot(self) -> dict[str, ndarray]:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        weights: dict[str, ndarray] = {}
+        # One at a time: together they may not fit a device.
+        for name, weight in self.model.state_dict(keep_vars=True).items():
+            with GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+                if self.is_main:
+                    weights[name] = as_numpy(weight)
+        return weights
+
+    def communication(self) -> dict[str, float]:
+        """What this process told others so far; nothing unless `compute.logs_communication`.
+
+        `gib` counts the bytes of the tensors handed to collective calls, `seconds` the time they took.
+        """
+        from deepspeed.comm import comms_logger
+
+        if not self.spec.compute.logs_communication:
+            return {}
+        records = [
+            (size, latencies)
+            for sizes in comms_logger.get_raw_data().values()
+            for size, (_, latencies, *_) in sizes.items()
+        ]
+        return {
+            "communication_gib": sum(size * len(latencies) for size, latencies in records) / 2**30,
+            "communication_s": sum(sum(latencies) for _, latencies in records) / 1000,
+        }
+
+    # --- checkpoints -------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        (folder / TAG).mkdir()
+        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        torch.save(generator_states(self.device), folder / f"generators-{self.rank}.pt")
+
+    def load(self, folder: Path) -> None:
+        written = sorted(folder.glob("generators-*.pt"))
+        if len(written) != self.world:
+            raise ValueError(
+                f"a checkpoint of DeepSpeed loads on as many workers as wrote it, but {len(written)} wrote this one and "
+                f"{self.world} read it; resume it on {len(written)}, or delete it to train from the start"
+            )
+        for path in (folder / TAG).glob("*.pt"):
+            check_pickle(path)
+        self.engine.load_checkpoint(str(folder), tag=TAG)
+        states = torch.load(folder / f"generators-{self.rank}.pt", weights_only=True)
+        set_generator_states(states, self.device)
+
+
+def check_pickle(path: Path) -> None:
+    """Refuses a checkpoint file that names anything but what DeepSpeed's own files need: reading it would run it.
+
+    Raises:
+        ValueError: If it does.
+    """
+    strange = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - CHECKPOINT_GLOBALS
+    if strange:
+        raise ValueError(
+            f"a checkpoint must name nothing but DeepSpeed's own classes, but {path.name} names "
+            f"{', '.join(sorted(strange))}; it was not written by this engine: delete it"
+        )

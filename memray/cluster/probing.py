@@ -1,0 +1,119 @@
+"""Probe actors: they score snapshots of a trial's weights while it trains on.
+
+A trial puts the weights of a probe epoch into the object store and goes on; an actor on a device of its own loads
+them into a model of the same make and scores the held-out strings, and the trained ones once more, in the batches in
+which the trainer scored them: the trial compares the two to the last bit.
+"""
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy import ndarray
+
+from memray.finetune import Engine, as_tensor, lower_weights, scoring_passes
+from memray.models import load_model
+from memray.scoring import AlphabetIds, TokenScores, score
+from memray.spec import TrialSpec
+from memray.trial import Look, Looked, Material, Ready, forwards_of_epoch, prepare, set_device
+
+# Snapshots of one trial that exist at once. A trial that is looked at faster than it is scored waits.
+IN_FLIGHT = 2
+
+
+def look(spec_json: str, epoch: int, weights: Mapping[str, ndarray]) -> tuple[Looked, float]:
+    """In an actor: what the weights of an epoch say, and the time at which that was known (seconds since 1970).
+
+    The strings and the model of the last trial are kept.
+    """
+    return score_snapshot(_prepared(spec_json), epoch, weights), time.time()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a look at a trial needs beside its weights."""
+
+    spec: TrialSpec
+    device: torch.device
+    material: Material
+    model: torch.nn.Module
+
+
+@functools.lru_cache(maxsize=1)
+def _prepared(spec_json: str) -> Prepared:
+    spec = TrialSpec.model_validate_json(spec_json)
+    device = set_device(spec)
+    # The snapshot has all weights: none are read from disk.
+    model = load_model(spec.model.model_copy(update={"pretrained": False}), seed=spec.model_seed).to(device).eval()
+    if spec.compute.precision == "bf16":
+        lower_weights(model)
+    return Prepared(spec, device, prepare(spec), model)
+
+
+def score_snapshot(prepared: Prepared, epoch: int, weights: Mapping[str, ndarray]) -> Looked:
+    """Scores the held-out and the trained strings under a snapshot."""
+    spec, model, material = prepared.spec, prepared.model, prepared.material
+    dtypes = {name: weight.dtype for name, weight in model.state_dict().items()}
+    model.load_state_dict({name: as_tensor(array, dtypes[name]) for name, array in weights.items()})
+    marginal = torch.as_tensor(np.array(spec.strings.source().marginal), dtype=torch.float32)
+    alphabet = AlphabetIds(torch.as_tensor(material.symbol_ids), marginal).to(prepared.device)
+
+    def scores(batches: Sequence[Any]) -> TokenScores:
+        return TokenScores.concatenate([score(model, batch.to(prepared.device), alphabet) for batch in batches])
+
+    held_out = None if material.held_out is None else scores(scoring_passes(material.held_out))
+    return Looked(held_out, scores(forwards_of_epoch(spec, material.trained, epoch)))
+
+
+@dataclass
+class ActorProber:
+    """Hands a trial's snapshots to probe actors, in turn, a few at a time.
+
+    Attributes:
+        seconds: From each snapshot to its result, as results come in.
+    """
+
+    spec_json: str
+    actors: Sequence[Any]
+    seconds: list[float] = field(default_factory=list)
+    in_flight: list[Any] = field(default_factory=list)
+    num_looks: int = 0
+
+    def look(self, epoch: int, engine: Engine) -> Look:
+        began_s = time.time()
+        snapshot = engine.snapshot()
+        if not engine.is_main:
+            return Ready(Looked(None))
+        while len(self.in_flight) >= IN_FLIGHT:
+            _, self.in_flight = ray.wait(self.in_flight, num_returns=1)
+        actor = self.actors[self.num_looks % len(self.actors)]
+        self.num_looks += 1
+        reference = actor.look.remote(self.spec_json, epoch, snapshot)
+        self.in_flight.append(reference)
+        return RemoteLook(self, reference, began_s)
+
+    def summary(self) -> dict[str, Any]:
+        """For the end of a trial: how long its looks took."""
+        return {"probe_s": round(float(np.median(self.seconds)), 3)} if self.seconds else {}
+
+
+@dataclass(frozen=True)
+class RemoteLook:
+    """A look by an actor."""
+
+    prober: ActorProber
+    reference: Any
+    began_s: float
+
+    def is_ready(self) -> bool:
+        return bool(ray.wait([self.reference], timeout=0)[0])
+
+    def result(self) -> Looked:
+        looked, ended_s = ray.get(self.reference)
+        self.prober.seconds.append(ended_s - self.began_s)
+        return looked

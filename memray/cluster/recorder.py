@@ -1,0 +1,191 @@
+"""Writes what a trial measures to its folder, and keeps its checkpoints there, whatever engine trains it.
+
+Every process of a trial has a recorder; that of the main one writes measurements, and all put their part of a
+checkpoint.
+"""
+
+import contextlib
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from memray.accelerators import accelerator
+from memray.cluster.ledger import KeptCheckpoint, Writer
+from memray.finetune import Engine
+from memray.measurement import MEASURE_VERSIONS, TRAINED, Measurement, string_table, token_table
+from memray.spec import TrialSpec
+from memray.trial import Checkpoint
+
+# Seconds of measurements that are gathered before a segment is written: what a crash can lose of a view.
+SEGMENT_S = 5.0
+
+
+class Recorder:
+    """The keeper of one trial in one of its processes, and in the main one the writer of its measurements.
+
+    Args:
+        checkpoint: What to continue from.
+        told: Told the epoch after each segment.
+        is_main: Whether measurements come through this process.
+    """
+
+    def __init__(
+        self,
+        spec: TrialSpec,
+        writer: Writer,
+        checkpoint: KeptCheckpoint | None = None,
+        *,
+        told: Callable[[int], None] = lambda epoch: None,
+        is_main: bool = True,
+    ) -> None:
+        self.spec = spec
+        self.writer = writer
+        self.checkpoint = checkpoint
+        self.told = told
+        self.is_main = is_main
+        self.gathered: list[Measurement] = []
+        self.written_s = self.kept_s = self.began_s = time.monotonic()
+        reset_peak_memory()
+        self.scratch = tempfile.TemporaryDirectory(prefix="memray-checkpoint-")
+
+    def record(self, measurements: Iterable[Measurement], summary: Callable[[], dict[str, Any]] = dict) -> None:
+        """Writes measurements as they come, a few segments in all, and then that the trial is finished.
+
+        Args:
+            summary: What else is to be said of the trial at its end.
+        """
+        epoch, num_tokens, first_s = 0, 0, None
+        for measurement in measurements:
+            self.gathered.append(measurement)
+            epoch = measurement.epoch
+            if first_s is None:
+                first_s = time.monotonic()
+            else:
+                num_tokens += len(measurement.tokens[TRAINED].string)
+            if time.monotonic() - self.written_s > SEGMENT_S:
+                self._write()
+                self.told(epoch)
+        self._write()
+        self.scratch.cleanup()
+        if self.is_main:
+            told: dict[str, Any] = {"epochs": epoch, "seconds": round(time.monotonic() - self.began_s, 3)}
+            if self.checkpoint is not None:
+                told["resumed_from_epoch"] = self.checkpoint.epoch
+            if first_s is not None:
+                told["tokens_per_s"] = round(num_tokens / (time.monotonic() - first_s), 1)
+            told["peak_gib"] = round(peak_memory_gib(), 3)
+            self.writer.finish(told | provenance(self.spec) | summary())
+
+    def _write(self) -> None:
+        if self.gathered:
+            gathered = self.gathered
+            self.writer.append([each.record() for each in gathered], token_table(gathered), string_table(gathered))
+            for each in gathered:
+                if each.weights is not None:
+                    self.writer.keep_weights(each.epoch, each.weights)
+            self.gathered = []
+        self.written_s = time.monotonic()
+
+    # --- checkpoints -------------------------------------------------------------------------------------------
+
+    def newest(self) -> Checkpoint | None:
+        """What to continue from, made readable here; what was measured before it becomes this attempt's.
+
+        Raises:
+            ValueError: If it is not a checkpoint of this trial on this many workers.
+        """
+        if self.checkpoint is None:
+            return None
+        check_resumable(self.spec, self.checkpoint)
+        folder = self.writer.folder
+        _, tokens, strings = folder.before_checkpoint(self.checkpoint)
+        if self.is_main:
+            self.writer.adopt(self.checkpoint)
+        files = Path(self.scratch.name) / "read"
+        files.mkdir()
+        folder.fetch_checkpoint(self.checkpoint, files)
+        return Checkpoint(self.checkpoint.epoch, files, tokens, strings)
+
+    def is_due(self) -> bool:
+        """Whether enough time has passed since the last one."""
+        return time.monotonic() - self.kept_s >= self.spec.compute.checkpoint_s
+
+    def keep(self, epoch: int, engine: Engine) -> None:
+        """Keeps the engine's state; called by every process at once."""
+        self._write()
+        with tempfile.TemporaryDirectory(dir=self.scratch.name) as scratch:
+            engine.save(Path(scratch))
+            parts = engine.gather(self.writer.put_checkpoint(epoch, Path(scratch)))
+        if self.is_main:
+            files = {name: digest for part in parts for name, digest in part.items()}
+            self.writer.commit_checkpoint(epoch, files, about_checkpoint(self.spec))
+        self.kept_s = time.monotonic()
+
+
+def about_checkpoint(spec: TrialSpec) -> dict[str, Any]:
+    """What decides whether a checkpoint can be continued."""
+    return {
+        "trial_id": spec.trial_id(),
+        "probes_id": spec.probes.probes_id(),
+        "engine": spec.compute.engine,
+        "workers": spec.compute.workers,
+    }
+
+
+def check_resumable(spec: TrialSpec, checkpoint: KeptCheckpoint) -> None:
+    """Refuses a checkpoint of another trial, or of another number of workers, which its shards do not fit.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    wanted = about_checkpoint(spec)
+    if checkpoint.about != wanted:
+        differing = [
+            f"{name}={checkpoint.about.get(name)!r} instead of {value!r}"
+            for name, value in wanted.items()
+            if checkpoint.about.get(name) != value
+        ]
+        raise ValueError(
+            f"trial {spec.trial_id()} must continue from a checkpoint of its own, but the one of epoch "
+            f"{checkpoint.epoch} has {', '.join(differing)}; delete the trial's checkpoints to train it from the start"
+        )
+
+
+def provenance(spec: TrialSpec) -> dict[str, Any]:
+    """What else the numbers depend on."""
+    is_cpu = accelerator(spec.compute.accelerator).device == "cpu"
+    return {
+        "probes_id": spec.probes.probes_id(),
+        "probes": spec.probes.model_dump_json(),
+        "measure_versions": MEASURE_VERSIONS,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": torch.backends.cpu.get_cpu_capability() if is_cpu else torch.cuda.get_device_name(),
+    }
+
+
+def reset_peak_memory() -> None:
+    """Begins a new peak, for processes are reused from trial to trial."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # Linux alone has it
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_gib() -> float:
+    """The peak of this process's device since it was reset: of its accelerator, or of its own memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS counts bytes

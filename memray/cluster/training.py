@@ -1,0 +1,111 @@
+"""One trial of many devices as a Ray Train run: the same loop in every worker, over a DeepSpeed engine.
+
+Train starts the workers and notices their death. What is measured, and the checkpoints, go to the trial's folder;
+Train's own storage holds nothing that is read again. The process that called holds the lease.
+"""
+
+import functools
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray.train
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from memray.cluster.ledger import Attempt, KeptCheckpoint
+from memray.cluster.resources import is_on_cpu, of_worker
+from memray.spec import TrialSpec
+
+# Seconds between two looks at how far the workers have come.
+PROGRESS_S = 5.0
+
+
+def train(
+    spec: TrialSpec,
+    attempt: Attempt,
+    checkpoint: KeptCheckpoint | None,
+    *,
+    owner: Any,
+    probe_actors: list[Any],
+    told: Callable[[int], None],
+) -> None:
+    """Runs the trial to its end, or raises what its first worker to fail raised.
+
+    Args:
+        owner: Of the base weights.
+        told: Told now and then how far the trial has come.
+    """
+    on_gpu = not is_on_cpu(spec)
+    with tempfile.TemporaryDirectory(prefix="memray-train-") as scratch:
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={
+                "spec": spec.model_dump_json(),
+                "writer": attempt.elsewhere(),
+                "checkpoint": checkpoint,
+                "owner": owner,
+                "probe_actors": probe_actors,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=spec.compute.workers, use_gpu=on_gpu, resources_per_worker=of_worker(spec)
+            ),
+            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+            run_config=RunConfig(name=spec.trial_id(), storage_path=scratch),
+        )
+        errors = _fit(trainer, lambda: told(_last_epoch(attempt)))
+    for error in errors:
+        raise _of_worker(error)
+
+
+def _fit(trainer: TorchTrainer, look: Callable[[], None]) -> list[Exception]:
+    """Fits in a thread, because only this one may report to Tune; what it raised."""
+    errors: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, name="train-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(PROGRESS_S)
+        look()
+    return errors
+
+
+def _last_epoch(attempt: Attempt) -> int:
+    lines, _ = attempt.folder.measurements()
+    return lines[-1]["epoch"] if lines else 0
+
+
+def _of_worker(error: Exception) -> Exception:
+    """What a worker raised, if one did: a refusal in the main one says more than its peers' lost connections."""
+    failures = getattr(error, "worker_failures", None)
+    if not failures:
+        return error
+    refusals = [each for each in failures.values() if isinstance(each, ValueError)]
+    first = (refusals or list(failures.values()))[0]
+    first.__cause__ = error
+    return first
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What runs in each worker."""
+    from memray.cluster.engine import DeepSpeedEngine
+    from memray.cluster.probing import ActorProber
+    from memray.cluster.recorder import Recorder
+    from memray.cluster.weights import fetch
+    from memray.trial import ModelShelf, run_trial
+
+    spec = TrialSpec.model_validate_json(config["spec"])
+    owner, actors = config["owner"], config["probe_actors"]
+    rank = ray.train.get_context().get_world_rank()
+    shelf = ModelShelf(functools.partial(fetch, owner) if owner is not None else None, keeps_model=False)
+    prober = ActorProber(config["spec"], actors) if actors else None
+    recorder = Recorder(spec, config["writer"], config["checkpoint"], is_main=rank == 0)
+    measurements = run_trial(spec, shelf=shelf, make_engine=DeepSpeedEngine, prober=prober, keeper=recorder)
+    recorder.record(measurements, prober.summary if prober else dict)

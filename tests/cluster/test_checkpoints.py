@@ -1,0 +1,152 @@
+"""Checkpoints in a trial's folder: whole or not there, and only for the trial and the workers that wrote them."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from memray.cluster.ledger import Attempt, KeptCheckpoint, Ledger, Superseded, TrialFolder
+from memray.cluster.recorder import about_checkpoint, check_resumable
+from memray.spec import ComputeSpec, TrialSpec
+
+SPEC = '{"model":{"family":"pythia"}}'
+
+
+def measured(epochs: range) -> tuple[list[dict], pa.Table, pa.Table]:
+    lines = [{"epoch": epoch, "metrics": {"recall/nll_nats": 1 / (epoch + 3)}} for epoch in epochs]
+    return lines, pa.table({"epoch": list(epochs)}), pa.table({"epoch": list(epochs)})
+
+
+def files(folder: Path, **contents: bytes) -> Path:
+    for name, content in contents.items():
+        path = folder / "state" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def with_checkpoint(attempt: Attempt, folder: Path, epoch: int = 3, content: bytes = b"first") -> KeptCheckpoint:
+    """An attempt that has measured all epochs before a checkpoint of two processes' files."""
+    attempt.append(*measured(range(epoch)))
+    put = attempt.put_checkpoint(epoch, files(folder / f"{epoch}-0", zero=content))
+    put |= attempt.put_checkpoint(epoch, files(folder / f"{epoch}-1", one=b"second"))
+    attempt.commit_checkpoint(epoch, put, {"workers": 2})
+    checkpoint = attempt.folder.checkpoint()
+    assert checkpoint is not None
+    return checkpoint
+
+
+@pytest.fixture
+def folder(ledger: Ledger) -> TrialFolder:
+    return ledger.trial("trial")
+
+
+def test_a_checkpoint_reads_back_as_it_was_put(folder: TrialFolder, tmp_path: Path) -> None:
+    with folder.claim(SPEC, "launch") as attempt:
+        checkpoint = with_checkpoint(attempt, tmp_path)
+    assert (checkpoint.epoch, checkpoint.attempt, checkpoint.about) == (3, 1, {"workers": 2})
+    folder.fetch_checkpoint(checkpoint, tmp_path / "read")
+    read = {path.name: path.read_bytes() for path in (tmp_path / "read" / "state").iterdir()}
+    assert read == {"zero": b"first", "one": b"second"}
+
+
+def test_a_checkpoint_that_was_not_committed_is_none(folder: TrialFolder, tmp_path: Path) -> None:
+    with folder.claim(SPEC, "launch") as attempt:
+        attempt.put_checkpoint(3, files(tmp_path, zero=b"first"))
+    assert folder.checkpoint() is None
+
+
+def test_a_newer_checkpoint_takes_the_older_ones_place_and_the_end_takes_all(
+    folder: TrialFolder, tmp_path: Path
+) -> None:
+    with folder.claim(SPEC, "launch") as attempt:
+        with_checkpoint(attempt, tmp_path)
+        put = attempt.put_checkpoint(5, files(tmp_path / "5", zero=b"later"))
+        attempt.commit_checkpoint(5, put, {})
+        checkpoint = folder.checkpoint()
+        assert checkpoint is not None
+        assert checkpoint.epoch == 5
+        left = folder.ledger.storage.list("sweep/trial/checkpoints")
+        assert left == ["0001-000005.json", "0001-000005/"]
+        attempt.finish({})
+    assert folder.checkpoint() is None
+    assert folder.ledger.storage.list("sweep/trial/checkpoints") == []
+
+
+def test_an_attempt_that_resumes_has_the_measurements_of_the_one_before(folder: TrialFolder, tmp_path: Path) -> None:
+    with folder.claim(SPEC, "launch") as attempt:
+        checkpoint = with_checkpoint(attempt, tmp_path)
+        attempt.append(*measured(range(3, 5)))  # after the checkpoint: to be measured again
+    with folder.claim(SPEC, "launch") as again:
+        again.adopt(checkpoint)
+        again.append(*measured(range(3, 6)))
+        again.finish({})
+    assert folder.measurements()[0] == measured(range(6))[0]
+    assert folder.tokens()["epoch"].to_pylist() == list(range(6))
+    assert folder.verify() == []
+
+
+def test_a_resumed_trial_has_the_digest_of_an_undisturbed_one(local: Ledger, tmp_path: Path) -> None:
+    for name in ("resumed", "undisturbed"):
+        with local.trial(name).claim(SPEC, "launch") as attempt:
+            checkpoint = with_checkpoint(attempt, tmp_path / name)
+            if name == "undisturbed":
+                attempt.append(*measured(range(3, 6)))
+                attempt.finish({})
+    with local.trial("resumed").claim(SPEC, "launch") as attempt:
+        attempt.adopt(checkpoint)
+        attempt.append(*measured(range(3, 6)))
+        attempt.finish({})
+    one, other = (local.trial(name).finished() for name in ("resumed", "undisturbed"))
+    assert one is not None
+    assert other is not None
+    assert one.measurements_sha256 == other.measurements_sha256
+
+
+@pytest.mark.parametrize("damage", ["edited", "missing"])
+def test_a_damaged_checkpoint_is_refused_with_what_to_do(folder: TrialFolder, tmp_path: Path, damage: str) -> None:
+    with folder.claim(SPEC, "launch") as attempt:
+        checkpoint = with_checkpoint(attempt, tmp_path)
+    path = f"sweep/trial/{checkpoint.name}/state/zero"
+    if damage == "edited":
+        folder.ledger.storage.replace(path, b"frist")
+    else:
+        folder.ledger.storage.delete(path)
+    with pytest.raises(ValueError, match=r"must match its digest, but .*zero is (another|missing); delete .* to train"):
+        folder.fetch_checkpoint(checkpoint, tmp_path / "read")
+
+
+def test_a_superseded_attempt_keeps_no_checkpoint(folder: TrialFolder, tmp_path: Path) -> None:
+    with folder.claim(SPEC, "launch") as attempt, folder.claim(SPEC, "launch"):
+        with pytest.raises(Superseded):
+            attempt.put_checkpoint(3, files(tmp_path, zero=b"first"))
+        with pytest.raises(Superseded):
+            attempt.commit_checkpoint(3, {}, {})
+
+
+def test_a_writer_elsewhere_writes_in_the_attempts_stead(local: Ledger) -> None:
+    import pickle
+
+    folder = local.trial("trial")
+    with folder.claim(SPEC, "launch") as attempt:
+        writer = pickle.loads(pickle.dumps(attempt.elsewhere()))
+        writer.append(*measured(range(2)))
+        writer.finish({"a": 1})
+    assert folder.verify() == []
+    finished = folder.finished()
+    assert finished is not None
+    assert finished.summary == {"a": 1}
+
+
+def test_a_checkpoint_of_another_trial_or_number_of_workers_is_refused_with_a_sentence() -> None:
+    two = TrialSpec(compute=ComputeSpec(engine="deepspeed", workers=2))
+    other = TrialSpec(compute=ComputeSpec(engine="deepspeed", workers=2), string_seed=1)
+
+    def kept(about: dict) -> KeptCheckpoint:
+        return KeptCheckpoint(attempt=1, epoch=4, segments=1, weights=[], files={}, about=about)
+
+    check_resumable(two, kept(about_checkpoint(two)))
+    with pytest.raises(ValueError, match=r"checkpoint of its own, but the one of epoch 4 has workers=4 instead of 2; "):
+        check_resumable(two, kept(about_checkpoint(two) | {"workers": 4}))
+    with pytest.raises(ValueError, match=r"trial_id='[0-9a-f]{12}' instead of '[0-9a-f]{12}'"):
+        check_resumable(two, kept(about_checkpoint(other)))

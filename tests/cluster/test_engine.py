@@ -1,0 +1,158 @@
+"""The engine of many devices against the engine of one, in plain processes.
+
+Two processes run all jobs of this module, because starting them takes longer than most jobs.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from memray.cluster.engine import check_pickle
+from memray.cluster.ledger import Ledger
+from memray.finetune import TorchEngine
+from memray.models import load_model
+from memray.spec import ComputeSpec, LoraSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
+
+from .processes import UNIFORM, Steps, Whole, batch_of, run
+
+EQUAL, UNEQUAL = (24, 24, 24, 24), (12, 31, 24, 7)
+STAGES = (0, 1, 2, 3)
+
+
+def spec_of(
+    stage: int = 0, *, num_strings: int = 4, compute: dict[str, Any] | None = None, **training: Any
+) -> TrialSpec:
+    sharded = {"engine": "deepspeed", "workers": 2, "zero_stage": stage} | (compute or {})
+    return TrialSpec(
+        strings=StringsSpec(num_strings=num_strings, length=24),
+        training=TrainingSpec(**({"strings_per_step": 0, "learning_rate": 1e-3, "epochs": 30} | training)),
+        compute=ComputeSpec(**sharded),
+    )
+
+
+def with_lora(spec: TrialSpec) -> TrialSpec:
+    return spec.model_copy(update={"model": ModelSpec(lora=LoraSpec(rank=4))})
+
+
+JOBS = {f"equal-{stage}": Steps(spec_of(stage), EQUAL) for stage in STAGES}
+JOBS |= {f"unequal-{stage}": Steps(spec_of(stage), UNEQUAL) for stage in STAGES}
+JOBS |= {
+    "one string-0": Steps(spec_of(0, num_strings=1), (24,), 5),
+    "one string-3": Steps(spec_of(3, num_strings=1), (24,), 5),
+    "accumulated-1": Steps(spec_of(1, strings_per_forward=1), UNEQUAL, 5),
+    "accumulated-2": Steps(spec_of(2, strings_per_forward=1), UNEQUAL, 5),
+    "accumulated-3": Steps(spec_of(3, strings_per_forward=1), UNEQUAL, 5),
+    "recomputed-3": Steps(spec_of(3, gradient_checkpointing=True), UNEQUAL, 5),
+    "sgd-2": Steps(spec_of(2, optimiser="sgd", momentum=0.9), UNEQUAL, 5),
+    "optimiser offloaded-2": Steps(spec_of(2, compute={"offload": "optimiser"}), UNEQUAL, 5),
+    "parameters offloaded-3": Steps(spec_of(3, compute={"offload": "parameters"}), UNEQUAL, 5),
+    "lora-0": Steps(with_lora(spec_of(0)), UNEQUAL, 5),
+    "lora-3": Steps(with_lora(spec_of(3)), UNEQUAL, 5),
+    "bf16-0": Steps(spec_of(0, compute={"precision": "bf16"}), EQUAL, 5),
+    "bf16-2": Steps(spec_of(2, compute={"precision": "bf16"}), EQUAL, 5),
+    "bf16-3": Steps(spec_of(3, compute={"precision": "bf16"}), EQUAL, 5),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(2, JOBS, tmp_path_factory.mktemp("jobs"))
+
+
+def alone(job: Steps) -> dict[str, Any]:
+    """The same job under the engine of one device."""
+    torch.set_num_threads(1)
+    model = load_model(job.spec.model, seed=1)
+    precision = job.spec.compute.precision or "fp32"
+    return job.run(TorchEngine(model, UNIFORM, job.spec.training, torch.device("cpu"), precision=precision))
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if "bf16" not in name])
+def test_every_stage_follows_the_engine_of_one_device(results: dict[str, Any], name: str) -> None:
+    theirs = alone(JOBS[name])
+    assert results[name]["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
+    assert results[name]["losses"][-1] < results[name]["losses"][0]
+    assert results[name]["snapshot"].keys() == theirs["snapshot"].keys()
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if "bf16" in name])
+def test_bf16_trains_with_fp32_masters_under_every_stage(results: dict[str, Any], name: str) -> None:
+    # DeepSpeed rounds the weights to bf16 before it copies them to its masters, which is 0.4 % of a weight at most.
+    theirs = alone(JOBS[name])
+    assert results[name]["losses"] == pytest.approx(theirs["losses"], rel=0.03)
+    types = {key: array.dtype for key, array in results[name]["snapshot"].items()}
+    assert types == {key: array.dtype for key, array in theirs["snapshot"].items()}
+    assert np.dtype(np.int16) in types.values()
+
+
+@pytest.mark.parametrize("name", ["unequal-0", "unequal-3", "one string-3"])
+def test_the_same_weights_give_the_same_scores_to_the_last_bit(results: dict[str, Any], name: str) -> None:
+    assert results[name]["before"].is_identical_to(alone(JOBS[name])["before"])
+
+
+def test_two_workers_that_share_nothing_but_memory_count_a_string_once(results: dict[str, Any]) -> None:
+    theirs = alone(JOBS["one string-3"])
+    assert results["one string-3"]["after"].string.tolist() == theirs["after"].string.tolist()
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------
+
+
+def trial_of(stage: int) -> TrialSpec:
+    spec = spec_of(stage, num_strings=2, epochs=5)
+    probes = ProbesSpec(epochs=(0, 2), num_held_out=2)
+    compute = spec.compute.model_copy(update={"checkpoint_s": 0.0})
+    return spec.model_copy(update={"probes": probes, "compute": compute})
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Each stage's trial undisturbed, left after its third checkpoint, and resumed by processes that know no more."""
+    folder = tmp_path_factory.mktemp("resumed")
+    whole, left = Ledger(str(folder / "whole"), "sweep"), Ledger(str(folder / "left"), "sweep")
+    specs = {stage: trial_of(stage) for stage in STAGES}
+
+    def claimed(ledger: Ledger, stage: int) -> Any:
+        return ledger.trial(specs[stage].trial_id()).claim(specs[stage].canonical_json(), "launch").elsewhere()
+
+    jobs: dict[str, Any] = {}
+    for stage in STAGES:  # stage 3 last: it changes torch's linear function for as long as the process lives
+        jobs[f"whole-{stage}"] = Whole(specs[stage], claimed(whole, stage))
+        jobs[f"left-{stage}"] = Whole(specs[stage], claimed(left, stage), until=3)
+    told = run(2, jobs, folder / "first")
+    checkpoints = {stage: left.trial(specs[stage].trial_id()).checkpoint() for stage in STAGES}
+    jobs = {f"on-{stage}": Whole(specs[stage], claimed(left, stage), checkpoints[stage]) for stage in STAGES}
+    told |= run(2, jobs, folder / "second")
+    return {"told": told, "specs": specs, "whole": whole, "left": left, "checkpoints": checkpoints}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_resumes_bit_identical_in_processes_of_its_own(resumed: dict[str, Any], stage: int) -> None:
+    assert [resumed["told"][f"{what}-{stage}"] for what in ("whole", "left", "on")] == [
+        "finished",
+        "interrupted",
+        "finished",
+    ]
+    assert resumed["checkpoints"][stage].epoch == 3
+    trial_id = resumed["specs"][stage].trial_id()
+    one, other = (resumed[name].trial(trial_id).finished() for name in ("left", "whole"))
+    assert one.measurements_sha256 == other.measurements_sha256
+    assert (one.attempt, one.summary["resumed_from_epoch"]) == (2, 3)
+    assert resumed["left"].trial(trial_id).verify() == []
+
+
+class Harmful:
+    """What a foreign file could carry: reading it runs code."""
+
+    def __reduce__(self) -> Any:
+        return print, ("run",)
+
+
+def test_a_checkpoint_that_names_foreign_code_is_refused_unread(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save({"optimizer_state_dict": Harmful()}, tmp_path / "mp_rank_00_model_states.pt")
+    with pytest.raises(ValueError, match=r"nothing but DeepSpeed's own classes, but mp_rank_00_.* names \S*print"):
+        check_pickle(tmp_path / "mp_rank_00_model_states.pt")
+    assert "run" not in capsys.readouterr().out
