@@ -172,9 +172,9 @@ def submit(
 ) -> None:
     """Runs a sweep as a Ray job on a cluster, with this folder's files, and follows it to its end."""
     _load(sweep, parameters)
+    from memray.cluster.mirror import git_commit
     from memray.cluster.submission import entrypoint, runtime_env
     from memray.cluster.submission import submit as submit_job
-    from memray.cluster.mirror import git_commit
 
     with _exit_codes():
         if "://" not in storage and not Path(storage).is_absolute():

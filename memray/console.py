@@ -67,8 +67,10 @@ def where_probes_run(sweep: Sweep) -> str:
     number = num_probe_actors(os.cpu_count() or 1) if on_cpu else 0
     if number:
         return f"On this machine alone, {number} actors score the snapshots of probe epochs, beside the trials."
-    why = f"it has {os.cpu_count()} cores, and actors that score snapshots need three devices" if on_cpu else (
-        "its accelerators are the trials'"
+    why = (
+        f"it has {os.cpu_count()} cores, and actors that score snapshots need three devices"
+        if on_cpu
+        else ("its accelerators are the trials'")
     )
     return f"On this machine alone, probes run inside the trials: {why}. On a cluster --probe-actors says how many."
 

@@ -137,7 +137,6 @@ def cost(spec: TrialSpec) -> Cost:
     num_probes = len({epoch for epoch in spec.probes.epochs if epoch <= epochs} | {epochs})
     one_pass = _forward_flops(model, tokens)
     backward = 2.0 if spec.model.lora is None else 1.0
-    trained = epochs * spec.strings.num_strings
     step_flops = one_pass * (1 + backward + spec.training.gradient_checkpointing)
     needs_scoring = spec.steps_per_epoch > 1 or spec.has_dropout
     scored = num_probes * spec.probes.num_held_out + spec.strings.num_strings * (epochs + 1 if needs_scoring else 1)

@@ -63,9 +63,9 @@ def _with_compute(spec: TrialSpec, fields: dict[str, Any]) -> TrialSpec | None:
     if any(name in named and getattr(spec.compute, name) != value for name, value in fields.items()):
         return None
     stated = spec.model_dump(exclude_unset=True)
-    compute = {**stated.get("compute", {}), **fields, "device_share": 1.0}
+    stated["compute"] = {**stated.get("compute", {}), **fields, "device_share": 1.0}
     try:
-        return TrialSpec(**(stated | {"compute": compute}))
+        return TrialSpec.model_validate(stated)
     except ValueError:
         return None
 

@@ -470,9 +470,7 @@ def _identity(part: Part) -> dict[str, Any]:
 
 
 # The fields of the compute spec that only place or watch work.
-UNHASHED = tuple(
-    name for name, field in ComputeSpec.model_fields.items() if field.json_schema_extra == _NOT_HASHED
-)
+UNHASHED = tuple(name for name, field in ComputeSpec.model_fields.items() if field.json_schema_extra == _NOT_HASHED)
 
 
 def _canonical(identity: dict[str, Any]) -> str:

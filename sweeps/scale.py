@@ -26,7 +26,11 @@ TINY = TrialSpec(
 
 
 def sweep(
-    *, scale: Scale = "tiny", seeds: int = 1, workers: tuple[int, ...] = (2,), zero_stages: tuple[int, ...] = (0, 1, 2, 3)
+    *,
+    scale: Scale = "tiny",
+    seeds: int = 1,
+    workers: tuple[int, ...] = (2,),
+    zero_stages: tuple[int, ...] = (0, 1, 2, 3),
 ) -> Sweep:
     base = PAPER if scale == "paper" else TINY
     cells = [{"compute.engine": "torch"}]

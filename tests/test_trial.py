@@ -303,5 +303,5 @@ def test_the_batches_of_an_epoch_give_the_trainers_scores_again_bit_for_bit() ->
 
 
 def test_a_trial_of_many_devices_is_refused_in_one_process() -> None:
-    with pytest.raises(ValueError, match="one process runs trials of engine 'torch', but trial .* `run` starts them"):
+    with pytest.raises(ValueError, match=r"one process runs trials of engine 'torch', but trial .* `run` starts them"):
         list(run_trial(changed({"compute.engine": "deepspeed"})))

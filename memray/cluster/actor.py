@@ -10,18 +10,7 @@ from typing import Any
 from ray import tune
 
 from memray.cluster.ledger import AlreadyFinished, Attempt, Busy, Ledger, Superseded
-from memray.cluster.probing import ActorProber
-from memray.cluster.recorder import Recorder
-from memray.cluster.training import train
-from memray.cluster.weights import fetch
 from memray.spec import TrialSpec
-from memray.trial import ModelShelf, run_trial
-
-
-@functools.cache
-def _shelf(owner: Any) -> ModelShelf:
-    """One model shelf an actor, which Tune reuses from trial to trial."""
-    return ModelShelf(functools.partial(fetch, owner) if owner is not None else None)
 
 
 def run_in_actor(
@@ -57,9 +46,25 @@ def _run(spec: TrialSpec, attempt: Attempt, owner: Any, probe_actors: list[Any])
 
     checkpoint = attempt.folder.checkpoint()
     if spec.compute.engine == "deepspeed":
+        from memray.cluster.training import train
+
         train(spec, attempt, checkpoint, owner=owner, probe_actors=probe_actors, told=told)
         return
+    # Only here, for they take seconds to import, and an actor that waits for workers has no use for them.
+    from memray.cluster.probing import ActorProber
+    from memray.cluster.recorder import Recorder
+    from memray.trial import run_trial
+
     prober = ActorProber(spec.model_dump_json(), probe_actors) if probe_actors else None
     recorder = Recorder(spec, attempt, checkpoint, told=told)
     measurements = run_trial(spec, shelf=_shelf(owner), prober=prober, keeper=recorder)
     recorder.record(measurements, prober.summary if prober else dict)
+
+
+@functools.cache
+def _shelf(owner: Any) -> Any:
+    """One model shelf an actor, which Tune reuses from trial to trial."""
+    from memray.cluster.weights import fetch
+    from memray.trial import ModelShelf
+
+    return ModelShelf(functools.partial(fetch, owner) if owner is not None else None)

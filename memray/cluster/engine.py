@@ -38,7 +38,6 @@ from memray.scoring import (
     fp32_logits,
     score_logits,
     target_states,
-    vocabulary_size,
 )
 from memray.spec import TrialSpec
 
@@ -81,7 +80,9 @@ class ScoredLoss(nn.Module):
             losses.append(recompute(self._chunk, *arguments, use_reentrant=False) if again else self._chunk(*arguments))
         return torch.stack(losses).sum()
 
-    def _chunk(self, start: int, states: Float[Tensor, "targets hidden"], target_ids: Int[Tensor, " targets"]) -> Tensor:
+    def _chunk(
+        self, start: int, states: Float[Tensor, "targets hidden"], target_ids: Int[Tensor, " targets"]
+    ) -> Tensor:
         _, head = body_and_head(self.model)
         logits = fp32_logits(head, states)
         if start not in self.columns:
@@ -153,11 +154,13 @@ class DeepSpeedEngine:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.model = model
-        self.engine, *_ = deepspeed.initialize(
-            model=ScoredLoss(model, alphabet.to(device)),
+        self.scored_loss = ScoredLoss(model, alphabet.to(device))
+        engine, *_ = deepspeed.initialize(
+            model=self.scored_loss,
             optimizer=optimiser(weights, spec.training),
             config=deepspeed_config(spec),
         )
+        self.engine: Any = engine  # what it has depends on the stage
 
     # --- one step ----------------------------------------------------------------------------------------------
 
@@ -188,7 +191,7 @@ class DeepSpeedEngine:
     def _forward(self, batch: Batch, weight: float = 1.0, *, backward: bool = False) -> TokenScores:
         on_device = batch.to(self.device)
         loss = self.engine(on_device.ids, on_device.is_target)
-        scores = self.engine.module.scores(batch)
+        scores = self.scored_loss.scores(batch)
         if backward:
             self.engine.backward(loss * weight, scale_wrt_gas=False)
         return scores
@@ -252,8 +255,8 @@ class DeepSpeedEngine:
         written = sorted(folder.glob("generators-*.pt"))
         if len(written) != self.world:
             raise ValueError(
-                f"a checkpoint of DeepSpeed loads on as many workers as wrote it, but {len(written)} wrote this one and "
-                f"{self.world} read it; resume it on {len(written)}, or delete it to train from the start"
+                f"a checkpoint of DeepSpeed loads on as many workers as wrote it, but {len(written)} wrote this "
+                f"one and {self.world} read it; resume it on {len(written)}, or delete it to train from the start"
             )
         for path in (folder / TAG).glob("*.pt"):
             check_pickle(path)

@@ -5,9 +5,11 @@ them into a model of the same make and scores the held-out strings, and the trai
 which the trainer scored them: the trial compares the two to the last bit.
 """
 
+import contextlib
 import functools
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +51,8 @@ def _prepared(spec_json: str) -> Prepared:
     spec = TrialSpec.model_validate_json(spec_json)
     device = set_device(spec)
     # The snapshot has all weights: none are read from disk.
-    model = load_model(spec.model.model_copy(update={"pretrained": False}), seed=spec.model_seed).to(device).eval()
+    model = load_model(spec.model.model_copy(update={"pretrained": False}), seed=spec.model_seed).eval()
+    model.to(device=device)
     if spec.compute.precision == "bf16":
         lower_weights(model)
     return Prepared(spec, device, prepare(spec), model)
@@ -66,8 +69,26 @@ def score_snapshot(prepared: Prepared, epoch: int, weights: Mapping[str, ndarray
     def scores(batches: Sequence[Any]) -> TokenScores:
         return TokenScores.concatenate([score(model, batch.to(prepared.device), alphabet) for batch in batches])
 
-    held_out = None if material.held_out is None else scores(scoring_passes(material.held_out))
-    return Looked(held_out, scores(forwards_of_epoch(spec, material.trained, epoch)))
+    with linear_of(spec, prepared.device):
+        held_out = None if material.held_out is None else scores(scoring_passes(material.held_out))
+        return Looked(held_out, scores(forwards_of_epoch(spec, material.trained, epoch)))
+
+
+@contextlib.contextmanager
+def linear_of(spec: TrialSpec, device: torch.device) -> Iterator[None]:
+    """Matrix products as the trainer computes them: ZeRO-3 has its own, which rounds the bias apart."""
+    if spec.compute.zero_stage != 3:
+        yield
+        return
+    os.environ["DS_ACCELERATOR"] = device.type
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    usual = torch.nn.functional.linear
+    torch.nn.functional.linear = zero3_linear_wrap
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = usual
 
 
 @dataclass

@@ -23,8 +23,8 @@ def runtime_env(variables: Mapping[str, str]) -> dict[str, Any]:
             f"a job carries the working directory, which must be the project's with memray/ and {ENVIRONMENT}, but "
             f"{Path.cwd()} is not; change into it"
         )
-    stated = yaml.safe_load(ENVIRONMENT.read_text()) or {}
-    return stated | {"working_dir": ".", "env_vars": (stated.get("env_vars") or {}) | variables}
+    stated: dict[str, Any] = yaml.safe_load(ENVIRONMENT.read_text()) or {}
+    return stated | {"working_dir": ".", "env_vars": {**(stated.get("env_vars") or {}), **variables}}
 
 
 def entrypoint(sweep: str, parameters: list[str], options: Mapping[str, str]) -> str:

@@ -107,5 +107,13 @@ def _work(config: dict[str, Any]) -> None:
     shelf = ModelShelf(functools.partial(fetch, owner) if owner is not None else None, keeps_model=False)
     prober = ActorProber(config["spec"], actors) if actors else None
     recorder = Recorder(spec, config["writer"], config["checkpoint"], is_main=rank == 0)
-    measurements = run_trial(spec, shelf=shelf, make_engine=DeepSpeedEngine, prober=prober, keeper=recorder)
-    recorder.record(measurements, prober.summary if prober else dict)
+    engines: list[DeepSpeedEngine] = []
+
+    def make_engine(*arguments: Any) -> DeepSpeedEngine:
+        engines.append(DeepSpeedEngine(*arguments))
+        return engines[0]
+
+    def summary() -> dict[str, Any]:
+        return engines[0].communication() | (prober.summary() if prober else {})
+
+    recorder.record(run_trial(spec, shelf=shelf, make_engine=make_engine, prober=prober, keeper=recorder), summary)

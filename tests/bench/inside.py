@@ -65,7 +65,7 @@ def mlflow(sweep: Sweep, scratch: Path) -> dict[str, float]:
 def profile(sweep: Sweep, scratch: Path) -> dict[str, float]:
     """Seconds by part of one trial, from claim to MLflow in one process, another trial having warmed everything up."""
     from memray import finetune, scoring, trial
-    from memray.cluster import actor
+    from memray.cluster import recorder
     from memray.measurement import Measurer
 
     watched: list[tuple[str, Any, str]] = [
@@ -76,12 +76,11 @@ def profile(sweep: Sweep, scratch: Path) -> dict[str, float]:
         ("measures", Measurer, "measure"),
         ("strings and model", trial, "prepare"),
         ("strings and model", trial.ModelShelf, "model"),
-        *(("records and ledger", actor, name) for name in ("token_table", "string_table")),
+        *(("records and ledger", recorder, name) for name in ("token_table", "string_table")),
         *(("records and ledger", Attempt, name) for name in ("append", "finish", "__enter__", "__exit__")),
         ("records and ledger", TrialFolder, "claim"),
         ("sending to MLflow", Tracker, "send"),
     ]
-    actor.SEGMENT_S = float("inf")  # else a slow machine reports to Tune, which is not there
     ledger = Ledger(str(scratch / "profile"), sweep.name)
     tracker, shelf = Tracker(sweep, ledger, f"sqlite:///{scratch}/profile.db"), trial.ModelShelf()
     seconds: dict[str, float] = defaultdict(float)
@@ -92,7 +91,8 @@ def profile(sweep: Sweep, scratch: Path) -> dict[str, float]:
                 setattr(owner, attribute, timed(name, getattr(owner, attribute), seconds, nested))
         began = time.perf_counter()
         with ledger.trial(spec.trial_id()).claim(spec.canonical_json(), "profile") as attempt:
-            actor.record_trial(spec, attempt, shelf)
+            keeper = recorder.Recorder(spec, attempt)
+            keeper.record(trial.run_trial(spec, shelf=shelf, keeper=keeper))
         tracker.send(spec)
     return {**seconds, "other": time.perf_counter() - began - sum(seconds.values())}
 

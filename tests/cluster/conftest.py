@@ -154,7 +154,7 @@ class Head:
         from ray.util.state import list_placement_groups
 
         groups = list_placement_groups(address=self.dashboard, filters=[("state", "!=", "REMOVED")])
-        return [group.placement_group_id for group in groups]
+        return [str(group) for group in groups]
 
 
 @pytest.fixture(scope="session")

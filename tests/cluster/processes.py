@@ -138,4 +138,3 @@ def run(world: int, jobs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     logs = "\n".join((folder / f"log-{rank}").read_text()[-3000:] for rank in range(world))
     assert codes == [0] * world, logs
     return pickle.loads((folder / "results.pickle").read_bytes())
-

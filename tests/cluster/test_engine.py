@@ -12,8 +12,10 @@ import torch
 
 from memray.cluster.engine import check_pickle
 from memray.cluster.ledger import Ledger
-from memray.finetune import TorchEngine
+from memray.cluster.probing import linear_of
+from memray.finetune import TorchEngine, as_tensor
 from memray.models import load_model
+from memray.scoring import score
 from memray.spec import ComputeSpec, LoraSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
 
 from .processes import UNIFORM, Steps, Whole, batch_of, run
@@ -91,6 +93,15 @@ def test_bf16_trains_with_fp32_masters_under_every_stage(results: dict[str, Any]
 @pytest.mark.parametrize("name", ["unequal-0", "unequal-3", "one string-3"])
 def test_the_same_weights_give_the_same_scores_to_the_last_bit(results: dict[str, Any], name: str) -> None:
     assert results[name]["before"].is_identical_to(alone(JOBS[name])["before"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_snapshot_gives_the_scores_of_its_engine_again_to_the_last_bit(results: dict[str, Any], stage: int) -> None:
+    job, result = JOBS[f"equal-{stage}"], results[f"equal-{stage}"]
+    model = load_model(job.spec.model, seed=2).eval()
+    model.load_state_dict({name: as_tensor(array, torch.float32) for name, array in result["snapshot"].items()})
+    with linear_of(job.spec, torch.device("cpu")):
+        assert score(model, batch_of(EQUAL), UNIFORM).is_identical_to(result["after"])
 
 
 def test_two_workers_that_share_nothing_but_memory_count_a_string_once(results: dict[str, Any]) -> None:

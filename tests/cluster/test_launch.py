@@ -33,7 +33,9 @@ def test_shares_of_a_device_count() -> None:
 def test_nodes_add_up_but_no_trial_spans_two() -> None:
     nodes = [{"CPU": 4.0, "memory": 64.0 * GIB}] * 4
     assert concurrency([trial(threads=2)], nodes) == 8
-    with pytest.raises(ValueError, match=r"each process of a trial must fit on one node, but trial .* each needs 8 CPU"):
+    with pytest.raises(
+        ValueError, match=r"each process of a trial must fit on one node, but trial .* each needs 8 CPU"
+    ):
         concurrency([trial(threads=8)], nodes)
 
 

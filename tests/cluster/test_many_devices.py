@@ -112,8 +112,7 @@ def kill_once(titles: tuple[str, ...], storage: Path) -> str:
     """Waits for a checkpoint of a running trial, and then kills a process that has one of the titles."""
     deadline = time.monotonic() + 150
     while time.monotonic() < deadline:
-        running = [path for path in storage.glob("small/*/checkpoints/*.json")]
-        if running:
+        if list(storage.glob("small/*/checkpoints/*.json")):
             for process in psutil.process_iter(["cmdline"]):
                 title = " ".join(process.info["cmdline"] or [])
                 if title.startswith(titles):
