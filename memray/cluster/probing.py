@@ -52,7 +52,7 @@ def _prepared(spec_json: str) -> Prepared:
     device = set_device(spec)
     # The snapshot has all weights: none are read from disk.
     model = load_model(spec.model.model_copy(update={"pretrained": False}), seed=spec.model_seed).eval()
-    model.to(device=device)
+    torch.nn.Module.to(model, device)
     if spec.compute.precision == "bf16":
         lower_weights(model)
     return Prepared(spec, device, prepare(spec), model)
