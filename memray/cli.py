@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from memray.console import err, out, plan_row, plan_table, say_where, watcher, where_probes_run
+from memray.console import err, out, plan_row, plan_table, say_where, watcher, where_probes_run, why_placed
 from memray.preflight import check, download
 from memray.sweep import Sweep, load
 
@@ -77,7 +77,7 @@ def _ledger(storage: str, sweep: Sweep) -> Any:
     from memray.cluster.ledger import Ledger
 
     is_relative = "://" not in storage and not Path(storage).is_absolute()
-    if is_relative and os.environ.get("RAY_JOB_ID"):
+    if is_relative and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # which Ray gives to the command of a job
         raise ValueError(
             f"inside a Ray job the storage must be absolute, but it is {storage!r}: the job's working directory is a "
             "cache that Ray deletes; set --storage or MEMRAY_STORAGE to a shared folder or a URI"
@@ -103,8 +103,8 @@ def plan(
             typer.echo(json.dumps(row))
         return
     out.print(plan_table(rows, loaded))
-    for trial_id, why in loaded.placements.items():
-        out.print(f"{trial_id} runs on {why}", markup=False)
+    for line in why_placed(loaded):
+        out.print(line, markup=False, soft_wrap=True)
     out.print(where_probes_run(loaded))
     left = [row for row in rows if row["state"] != "finished"]
     out.print(
@@ -165,7 +165,9 @@ def submit(
     sweep: SweepFile,
     address: Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="A cluster's dashboard, http://…:8265")],
     parameters: Parameters = None,
-    storage: Storage = "runs",
+    storage: Annotated[
+        str | None, typer.Option(envvar="MEMRAY_STORAGE", help="Shared folder or URI of the ledger")
+    ] = None,
     tracking_uri: TrackingUri = None,
     max_concurrent: MaxConcurrent = None,
     probe_actors: ProbeActors = None,
@@ -173,22 +175,21 @@ def submit(
     """Runs a sweep as a Ray job on a cluster, with this folder's files, and follows it to its end."""
     _load(sweep, parameters)
     from memray.cluster.mirror import git_commit
-    from memray.cluster.submission import entrypoint, runtime_env
+    from memray.cluster.submission import entrypoint, places, runtime_env
     from memray.cluster.submission import submit as submit_job
 
     with _exit_codes():
-        if "://" not in storage and not Path(storage).is_absolute():
-            raise ValueError(
-                f"a job's storage must be absolute, but it is {storage!r}: the job's working directory is a cache that "
-                "Ray deletes; set --storage or MEMRAY_STORAGE to a shared folder or a URI"
-            )
-        options = {"--storage": storage, "--tracking-uri": tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")}
-        options |= {"--max-concurrent": max_concurrent, "--probe-actors": probe_actors}
-        stated = {name: str(value) for name, value in options.items() if value is not None}
         commit = git_commit()
         environment = runtime_env({"MEMRAY_GIT_COMMIT": commit} if commit else {})
-        succeeded = submit_job(address, entrypoint(sweep, parameters or [], stated), environment, _say)
-    raise typer.Exit(0 if succeeded else FAILED)
+        variables = environment["env_vars"]
+        options = places(
+            storage or variables.get("MEMRAY_STORAGE"),
+            tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or variables.get("MLFLOW_TRACKING_URI"),
+        )
+        counts = {"--max-concurrent": max_concurrent, "--probe-actors": probe_actors}
+        options |= {name: str(value) for name, value in counts.items() if value is not None}
+        code = submit_job(address, entrypoint(sweep, parameters or [], options), environment, _say)
+    raise typer.Exit(code)
 
 
 def _say(lines: str) -> None:
@@ -199,25 +200,34 @@ def _mirror(sweep: Sweep, ledger: Any, uri: str, storage: str, *, trusts_notes: 
     from memray.cluster.mirror import Mirror
 
     def write_figures(folder: Path) -> None:
-        from memray.cluster.tracking import results
+        from memray.cluster.tracking import costs, results
         from memray.report.figure import write_sweep_figure
+        from memray.report.placement_figure import write_placement_figures
+        from memray.report.placements import varies_placement
 
         frame = results(sweep, storage=storage)
         if len(frame):
             write_sweep_figure(sweep, frame, folder)
-            frame.to_parquet(folder / "results.parquet")
+            if varies_placement(sweep):
+                write_placement_figures(sweep, frame, costs(sweep, storage=storage), folder)
+            # A param that does not apply to every trial is a number for some and "none" for others.
+            texts = frame.select_dtypes("object").map(str)
+            frame.assign(**texts).to_parquet(folder / "results.parquet")
 
     return Mirror(sweep, ledger, uri, write_figures, trusts_notes=trusts_notes)
 
 
 def _show_results(sweep: Sweep, storage: str) -> None:
-    from memray.cluster.tracking import results
+    from memray.cluster.tracking import costs, results
+    from memray.report.placements import placement_table, varies_placement
     from memray.report.table import result_table
 
     frame = results(sweep, storage=storage)
     if len(frame):
         for renderable in result_table(sweep, frame):
             out.print(renderable)
+        if varies_placement(sweep):
+            out.print(placement_table(sweep, costs(sweep, storage=storage)))
 
 
 @app.command()

@@ -20,6 +20,9 @@ from memray.sweep import Sweep
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
+# What a plan shows of every trial, whether it varies or not.
+_IN_EVERY_PLAN = ("compute.engine", "compute.accelerator", "compute.workers", "compute.zero_stage", "compute.offload")
+
 
 def plan_row(trial: TrialSpec, sweep: Sweep, state: str) -> dict[str, Any]:
     """One trial of a plan, as `plan --json` prints it."""
@@ -32,17 +35,20 @@ def plan_row(trial: TrialSpec, sweep: Sweep, state: str) -> dict[str, Any]:
         "accelerator": trial.compute.accelerator,
         "devices": trial.compute.workers * trial.compute.device_share,
         "zero_stage": trial.compute.zero_stage if trial.compute.engine == "deepspeed" else None,
+        "offload": trial.compute.offload if trial.compute.engine == "deepspeed" else None,
         "flops": estimate.flops,
         "peak_gib": round(estimate.peak_gib, 3),
         "device_hours": estimate.device_hours,
+        "placed": sweep.placements.get(trial.trial_id()),
         "state": state,
     }
 
 
 def plan_table(rows: list[dict[str, Any]], sweep: Sweep) -> Table:
     """The rows of a plan for a person."""
+    varying = [name for name in sweep.varying() if name not in _IN_EVERY_PLAN]
     table = Table(title=f"{sweep.name}: {sweep.question}", title_justify="left")
-    for name in ("trial", *(name.rpartition(".")[2] for name in sweep.varying()), "engine", "device"):
+    for name in ("trial", *(name.rpartition(".")[2] for name in varying), "engine", "device"):
         table.add_column(name)
     for name in ("FLOPs", "GiB", "hours"):
         table.add_column(name, justify="right")
@@ -50,8 +56,8 @@ def plan_table(rows: list[dict[str, Any]], sweep: Sweep) -> Table:
     for row in rows:
         table.add_row(
             row["trial_id"],
-            *(str(value) for value in row["varying"].values()),
-            row["engine"] if row["zero_stage"] is None else f"{row['engine']}, ZeRO {row['zero_stage']}",
+            *(str(row["varying"][name]) for name in varying),
+            _engine_of(row),
             row["accelerator"] if row["devices"] == 1 else f"{row['devices']:g} x {row['accelerator']}",
             f"{row['flops']:.2g}",
             f"{row['peak_gib']:.1f}",
@@ -59,6 +65,25 @@ def plan_table(rows: list[dict[str, Any]], sweep: Sweep) -> Table:
             row["state"],
         )
     return table
+
+
+def _engine_of(row: dict[str, Any]) -> str:
+    """The engine of a row, with what it shards and keeps off its devices."""
+    said = [row["engine"]]
+    if row["zero_stage"] is not None:
+        said.append(f"ZeRO {row['zero_stage']}")
+    if row["offload"] not in (None, "none"):
+        said.append(f"{row['offload']} offloaded")
+    return ", ".join(said)
+
+
+def why_placed(sweep: Sweep) -> Iterator[str]:
+    """A sentence for each reason that placed some of the trials."""
+    by_reason: dict[str, list[str]] = {}
+    for trial_id, why in sweep.placements.items():
+        by_reason.setdefault(why, []).append(trial_id)
+    for why, trial_ids in by_reason.items():
+        yield f"{', '.join(trial_ids)}: {why}"
 
 
 def where_probes_run(sweep: Sweep) -> str:
@@ -70,7 +95,7 @@ def where_probes_run(sweep: Sweep) -> str:
     why = (
         f"it has {os.cpu_count()} cores, and actors that score snapshots need three devices"
         if on_cpu
-        else ("its accelerators are the trials'")
+        else "its accelerators are the trials'"
     )
     return f"On this machine alone, probes run inside the trials: {why}. On a cluster --probe-actors says how many."
 

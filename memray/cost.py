@@ -29,8 +29,12 @@ TOKENS_PER_SCORING_PASS = 4096
 LOGITS_PER_CHUNK = 2**24
 # Copies of a chunk of fp32 logits that are alive at once: logits, log-probabilities, gradient, sort keys.
 LOGIT_COPIES = 4
-# Elements of the buckets in which DeepSpeed reduces gradients and gathers weights, as the engine configures it.
+# Elements of the buckets in which ZeRO reduces gradients and gathers weights, as the engine configures it.
 BUCKET = 50_000_000
+# DeepSpeed's own: elements of the message in which stage 0 reduces gradients, and of the weights that stage 3 keeps
+# gathered because it will read them again. A smaller model is held whole by each worker.
+MESSAGE = 500_000_000
+LIVE = 1_000_000_000
 # Bytes a second between devices, one way: gloo on one machine; NVLink or InfiniBand, cautiously.
 LINK_BYTES_PER_S = {"cpu": 1e9, "cuda": 5e10}
 # Share of the peak rate that matrix products of this size reach.
@@ -155,10 +159,17 @@ def cost(spec: TrialSpec) -> Cost:
 
 
 def _bytes_told(spec: TrialSpec, model: Shape) -> float:
-    """Bytes that a worker sends in a step: gradients are reduced, and weights gathered; ZeRO-3 gathers them twice."""
+    """Bytes that a worker sends in a step: gradients are reduced, and weights gathered.
+
+    Stage 0 sums gradients on every worker, stages 1 and 2 sum them where they belong and gather the new weights, which
+    is as much. Stage 3 gathers weights as they are read: again in the backward pass, if they were released meanwhile.
+    """
     workers, width = spec.compute.workers, 4 if spec.compute.precision == "fp32" else 2
-    rounds = 3 if spec.compute.zero_stage == 3 else 2
-    return rounds * width * model.num_parameters * (workers - 1) / workers
+    trained = model.num_parameters if spec.model.lora is None else 0
+    gathered = trained
+    if spec.compute.zero_stage == 3:
+        gathered = model.num_parameters * (1 if model.num_parameters <= LIVE else 2)
+    return width * (trained + gathered) * (workers - 1) / workers
 
 
 def _strings_per_forward(spec: TrialSpec) -> int:
@@ -176,16 +187,19 @@ def _peak_gib(spec: TrialSpec, model: Shape, device: Accelerator, tokens: int) -
     width = 4 if spec.compute.precision == "fp32" else 2
     trained = model.num_parameters if spec.model.lora is None else 0
     moments = {"adamw": 8, "sgd": 4 if spec.training.momentum else 0}[spec.training.optimiser]
-    if spec.compute.engine == "deepspeed":
+    is_sharded = spec.compute.engine == "deepspeed"
+    if is_sharded:
         weights = _sharded_bytes(spec, model, trained, width, moments)
     else:
         masters = 0 if width == 4 else 8  # the fp32 weights and their gradients
         weights = model.num_parameters * width + trained * (width + moments + masters)
     loaded = 4 * model.num_parameters  # fp32, whatever it is cast to
     if on_cpu:
-        weights += loaded  # the base weights that the model is reset from
-        loaded *= 2
+        weights += 0 if is_sharded else loaded  # the base weights that the model is reset from
         weights += width * model.num_parameters if spec.training.keep_weights != "none" else 0
+        loaded *= 2
+    elif is_sharded:
+        loaded = width * model.num_parameters  # cast before it is moved, and moved whole before it is sharded
     in_forward = tokens * _strings_per_forward(spec)
     block = SAVED_PER_BLOCK * model.hidden_size * width
     saved = model.hidden_size * width * model.num_layers + block
@@ -196,21 +210,28 @@ def _peak_gib(spec: TrialSpec, model: Shape, device: Accelerator, tokens: int) -
 
 
 def _sharded_bytes(spec: TrialSpec, model: Shape, trained: int, width: int, moments: int) -> float:
-    """What a worker's device keeps of weights, gradients and the optimiser's state under ZeRO.
+    """What a worker's device keeps of weights, gradients and the optimiser's state under DeepSpeed.
 
-    From stage 1 on DeepSpeed keeps an fp32 copy of the weights even at fp32; at bf16 stage 0 has one too, and
-    gradients at fp32.
+    ZeRO keeps fp32 copies of the weights and gradients that it updates even at fp32; only stage 3 does without there.
     """
-    compute = spec.compute
-    shards = [compute.workers if compute.zero_stage >= stage else 1 for stage in range(4)]
-    masters = 4 if compute.zero_stage or width == 2 else 0
-    state = trained * (moments + masters) / shards[1] if compute.offload == "none" else 0.0
-    if compute.offload != "none" and accelerator(compute.accelerator).device == "cpu":
-        state = trained * (moments + masters) / shards[1]  # the host is the device
-    gradients = trained * (8 if width == 2 and compute.zero_stage == 0 else width) / shards[2]
-    buckets = 2 * width * min(BUCKET, model.num_parameters) if compute.zero_stage else 0
-    weights = 0 if compute.offload == "parameters" else model.num_parameters * width / shards[3]
-    return weights + gradients + state + buckets
+    compute, parameters = spec.compute, model.num_parameters
+    stage, workers = compute.zero_stage, compute.workers
+    if stage == 0:
+        masters, message = 0 if width == 4 else 8, width * min(MESSAGE, trained)
+        return float(parameters * width + trained * (width + moments + masters) + message)
+    masters = 0 if stage == 3 and width == 4 else 8
+    state = trained * (moments + masters) / workers
+    gradients = trained * width / (workers if stage >= 2 else 1)
+    buckets = width * min(BUCKET, trained) * (2 if stage == 3 else 1)  # two: one is filled while the other is sent
+    weights = parameters * width / (workers if stage == 3 else 1)
+    if accelerator(compute.accelerator).device != "cpu":  # there the host is the device
+        state = state if compute.offload == "none" else 0.0
+        weights = weights if compute.offload != "parameters" else 0.0
+    elif stage == 3:
+        weights += 4 * parameters  # the C library keeps what the whole model took before it was sharded
+    # What arrives is a bucket of shards, and then weights.
+    gathered = width * (min(LIVE, parameters) + 2 * min(BUCKET, parameters)) if stage == 3 else 0
+    return weights + gathered + gradients + state + buckets
 
 
 def check_fits(spec: TrialSpec) -> None:
@@ -224,8 +245,9 @@ def check_fits(spec: TrialSpec) -> None:
     if needed > available:
         raise ValueError(
             f"a trial must fit its device, but {spec.model.family} {spec.model.size} needs about {needed:.1f} GiB and "
-            f"{device.name} offers {available:.1f} GiB; take a larger compute.accelerator, more compute.workers, fewer "
-            "strings a forward pass (training.strings_per_forward), training.gradient_checkpointing, or a smaller model"
+            f"{device.name} offers {available:.1f} GiB; take a larger compute.accelerator, "
+            "compute.engine='deepspeed' over more compute.workers, fewer strings a forward pass "
+            "(training.strings_per_forward), training.gradient_checkpointing, or a smaller model"
         )
 
 

@@ -18,7 +18,8 @@ WORKERS = (1, 2, 4, 8, 16, 32, 64)
 def place(spec: TrialSpec) -> tuple[TrialSpec, str]:
     """The trial with its placement, and why it is placed so; no reason where nothing was chosen.
 
-    A trial that fits nowhere comes back as it is, and is refused where every other one that does not fit is.
+    A trial that fits nowhere comes back as it is, and is refused where every other one that does not fit is. One that
+    was placed names its whole placement, so that placing it again, or reading it back from JSON, changes nothing.
     """
     if not _is_open(spec.compute):
         return spec, ""
@@ -26,31 +27,27 @@ def place(spec: TrialSpec) -> tuple[TrialSpec, str]:
         alone = cost(spec).peak_gib
     except ValueError:
         return spec, ""  # no readable model: said later, with all else that is wrong
-    available = available_gib(spec)
-    if alone <= available:
+    if alone <= available_gib(spec):
         return spec, ""
-    for fields in _candidates(spec):
+    for fields in _candidates():
         placed = _with_compute(spec, fields)
         if placed is not None and (needed := cost(placed).peak_gib) <= available_gib(placed):
-            compute = placed.compute
-            offload = "" if compute.offload == "none" else f", offload {compute.offload}"
-            return placed, (
-                f"{compute.workers} x {compute.accelerator} under DeepSpeed, ZeRO stage {compute.zero_stage}{offload}, "
-                f"{needed:.1f} GiB each: as its spec stood it would need {alone:.1f} GiB on a device of "
-                f"{available:.1f} GiB"
-            )
+            return placed, _reason(spec, alone, placed, needed)
     return spec, ""
 
 
 def _is_open(compute: ComputeSpec) -> bool:
     """Whether there is anything to choose. On the CPU there is not: more workers find no more memory there."""
     named = compute.model_fields_set
-    return compute.accelerator != "cpu" and (
-        "engine" not in named or (compute.engine == "deepspeed" and not {"workers", "zero_stage", "offload"} <= named)
+    if compute.accelerator == "cpu" or compute.device_share != 1:  # a share is of one device
+        return False
+    return "engine" not in named or (
+        compute.engine == "deepspeed" and not {"workers", "zero_stage", "offload"} <= named
     )
 
 
-def _candidates(spec: TrialSpec) -> Iterator[dict[str, Any]]:
+def _candidates() -> Iterator[dict[str, Any]]:
+    """Placements under DeepSpeed, the smallest first."""
     for offload in ("none", "optimiser", "parameters"):
         for workers in WORKERS:
             for stage in range(4):
@@ -62,12 +59,29 @@ def _with_compute(spec: TrialSpec, fields: dict[str, Any]) -> TrialSpec | None:
     named = spec.compute.model_fields_set
     if any(name in named and getattr(spec.compute, name) != value for name, value in fields.items()):
         return None
+    # What is stated alone, as in `vary`: what the family table filled in stays filled in.
     stated = spec.model_dump(exclude_unset=True)
-    stated["compute"] = {**stated.get("compute", {}), **fields, "device_share": 1.0}
+    stated["compute"] = stated.get("compute", {}) | fields
     try:
         return TrialSpec.model_validate(stated)
     except ValueError:
         return None
+
+
+def _reason(spec: TrialSpec, alone: float, placed: TrialSpec, needed: float) -> str:
+    compute = placed.compute
+    offload = "" if compute.offload == "none" else f", offload {compute.offload}"
+    return (
+        f"{compute.workers} x {compute.accelerator} under DeepSpeed, ZeRO stage {compute.zero_stage}{offload}, "
+        f"{needed:.1f} GiB each: as its spec stood ({_spelled(spec.compute)}) it would need {alone:.1f} GiB, and "
+        f"{compute.accelerator} offers {available_gib(spec):.1f} GiB"
+    )
+
+
+def _spelled(compute: ComputeSpec) -> str:
+    if compute.engine == "torch":
+        return "one device"
+    return f"{compute.workers} x {compute.accelerator}, ZeRO stage {compute.zero_stage}"
 
 
 def num_probe_actors(devices: int) -> int:

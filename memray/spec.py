@@ -426,6 +426,8 @@ class TrialSpec(Part):
         for optimiser, names in _READ_BY.items():
             if optimiser != self.training.optimiser:
                 flat.update({f"training.{name}": "none" for name in names})
+        if self.compute.engine == "torch":
+            flat["compute.zero_stage"] = "none"
         for name, part in (("model.lora", LoraSpec), ("training.stop_when", StopWhen)):
             if flat.pop(name, "") == "none":
                 flat.update({f"{name}.{key}": "none" for key in part.model_fields})

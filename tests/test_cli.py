@@ -40,6 +40,24 @@ BAD_STUDIES = {
     "an unknown accelerator": ("compute=ComputeSpec(accelerator='h20')", "did you mean 'h200'?"),
     "a model that cannot fit": (
         "model=ModelSpec(size='12b'), compute=ComputeSpec(accelerator='t4')", "a trial must fit its device"),
+    "an unknown engine": ("compute=ComputeSpec(engine='jax')", "'torch' or 'deepspeed'"),
+    "no workers": ("compute=ComputeSpec(engine='deepspeed', workers=0)", "greater than 0, but got 0"),
+    "workers of plain torch": ("compute=ComputeSpec(workers=2)", "set compute.engine='deepspeed', or leave them out"),
+    "shards of plain torch": ("compute=ComputeSpec(engine='torch', zero_stage=2)", "shards nothing, but got zero_stage=2"),
+    "offload without its stage": (
+        "compute=ComputeSpec(engine='deepspeed', zero_stage=2, offload='parameters')", "needs at least zero_stage=3"),
+    "a worker on a part of a device": (
+        "compute=ComputeSpec(engine='deepspeed', device_share=0.5)", "takes a whole device, but got device_share=0.5"),
+    "strings that cannot be shared out": (
+        "strings=StringsSpec(num_strings=4), training=TrainingSpec(strings_per_step=0), compute=ComputeSpec(engine='deepspeed', workers=3)",
+        "multiple of compute.workers, or fewer than they are, but got 4 strings a step and 3 workers"),
+    "a forward pass that does not divide a worker's share": (
+        "strings=StringsSpec(num_strings=8), training=TrainingSpec(strings_per_step=0, strings_per_forward=8), "
+        "compute=ComputeSpec(engine='deepspeed', workers=2)", "must divide the 4 strings that a worker has in a step"),
+    "a named engine that cannot hold the model": (
+        "model=ModelSpec(size='12b'), compute=ComputeSpec(accelerator='t4', engine='torch')", "a trial must fit its device"),
+    "what fits nowhere": (
+        "model=ModelSpec(family='opt', size='13b'), strings=StringsSpec(length=2047), compute=ComputeSpec(accelerator='t4')", "a trial must fit its device"),
     "a directory that holds no model": ("model=ModelSpec(path='nowhere')", "must be a directory written by save_pretrained"),
     "more compared strings than there are": ("probes=ProbesSpec(compared_strings=2)", "compare fewer strings"),
     "probe epochs out of order": ("probes=ProbesSpec(epochs=(3, 1))", "must ascend"),

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from memray import accelerators, finetune, scoring
@@ -19,6 +21,8 @@ from memray.cost import check_fits, cost, shape
 from memray.families import FAMILIES, family
 from memray.models import character_tokenizer, load_model
 from memray.spec import ComputeSpec, LoraSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
+
+from .ports import free_port
 
 UNSEEN = ProbesSpec(num_held_out=0)
 
@@ -212,6 +216,116 @@ def test_the_expected_peak_is_near_the_measured_one(tmp_path: Path) -> None:
         assert 0.85 * measured <= cost(spec).peak_gib <= 2 * measured
 
 
+SHARES = """
+import os, sys
+rank, world, port = map(int, sys.argv[1:4])
+os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+import torch
+from memray.cluster.engine import DeepSpeedEngine
+from memray.spec import TrialSpec
+from memray.trial import ModelShelf, run_trial
+torch.distributed.init_process_group("gloo")
+for spec in sys.argv[4:]:
+    shelf = ModelShelf(keeps_model=False)
+    for measurement in run_trial(TrialSpec.model_validate_json(spec), shelf=shelf, make_engine=DeepSpeedEngine):
+        pass
+    print("peak:", next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+torch.distributed.destroy_process_group()
+"""
+
+
+def measured_sharded_gib(specs: list[TrialSpec]) -> list[float]:
+    """The largest peak of the processes of each trial, the smallest trial first."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    workers, port = specs[0].compute.workers, free_port()
+    given = [spec.model_dump_json() for spec in specs]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARES, *map(str, (rank, workers, port)), *given],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        )
+        for rank in range(workers)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=280)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * workers, told[0][-2000:]
+    peaks = [[int(line.split()[1]) / 2**20 for line in text.splitlines() if line.startswith("peak:")] for text in told]
+    return [max(each) for each in zip(*peaks, strict=True)]
+
+
+@pytest.mark.fault
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read where Linux keeps it")
+def test_the_expected_peak_of_a_worker_is_near_the_measured_one(tmp_path: Path) -> None:
+    wider = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 8192}
+    path = saved(tmp_path, "pythia", **wider)  # 34 million parameters
+    specs = [
+        TrialSpec(
+            model=ModelSpec(path=path),
+            strings=StringsSpec(length=32, num_strings=2),
+            training=TrainingSpec(epochs=2, strings_per_step=0),
+            probes=ProbesSpec(num_held_out=2),
+            compute=ComputeSpec(engine="deepspeed", workers=2, zero_stage=stage),  # type: ignore[arg-type]
+        )
+        for stage in (2, 3)
+    ]
+    for spec, measured in zip(specs, measured_sharded_gib(specs), strict=True):
+        assert 0.8 * measured <= cost(spec).peak_gib <= 1.6 * measured
+
+
+def sharded(stage: int, *, workers: int = 4, **fields: Any) -> TrialSpec:
+    """A model of 6.9 thousand million parameters on one short string, of which each worker computes all."""
+    compute = {"accelerator": "h200", "engine": "deepspeed", "workers": workers, "zero_stage": stage}
+    compute |= fields.pop("compute", {})
+    given = {"model": {"size": "6.9b"}, "strings": {"length": 2}, "probes": UNSEEN, "compute": compute}
+    return TrialSpec(**(given | fields))
+
+
+def gib_beside_process(spec: TrialSpec) -> float:
+    return cost(spec).peak_gib - costs.PROCESS_GIB
+
+
+def test_each_stage_shares_out_what_it_should() -> None:
+    parameters, bucket, live = shape(ModelSpec(size="6.9b")).num_parameters, costs.BUCKET, costs.LIVE
+    # bf16: weights and gradients take 2 bytes each; fp32 masters, their gradients and two moments 16.
+    expected = {
+        0: 20 * parameters + 2 * costs.MESSAGE,
+        1: 4 * parameters + 16 * parameters / 4 + 2 * bucket,
+        2: 2 * parameters + 18 * parameters / 4 + 2 * bucket,
+        3: 20 * parameters / 4 + 2 * live + 8 * bucket,
+    }
+    for stage, num_bytes in expected.items():
+        assert gib_beside_process(sharded(stage)) == pytest.approx(num_bytes / 2**30, rel=5e-3)
+    offloaded = gib_beside_process(sharded(2, compute={"offload": "optimiser"}))
+    assert offloaded == pytest.approx((2 * parameters + 2 * parameters / 4 + 2 * bucket) / 2**30, rel=5e-3)
+    adapters = gib_beside_process(sharded(3, model={"size": "6.9b", "lora": {}}))
+    # The model is whole on each device before it is sharded.
+    assert adapters == pytest.approx(2 * parameters / 2**30)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    size=st.sampled_from(["2.8b", "6.9b", "12b"]),
+    workers=st.sampled_from([2, 4, 8, 16]),
+    precision=st.sampled_from(["fp32", "bf16"]),
+    length=st.sampled_from([2, 512]),
+    lora=st.sampled_from([None, LoraSpec()]),
+)
+def test_a_peak_rises_neither_with_the_workers_nor_with_the_stage(
+    size: str, workers: int, precision: str, length: int, lora: LoraSpec | None
+) -> None:
+    """Of a model that is larger than what stage 3 keeps gathered anyway."""
+
+    def peak_of(stage: int, workers: int) -> float:
+        model, compute = ModelSpec(size=size, lora=lora), {"precision": precision}
+        return cost(sharded(stage, workers=workers, model=model, strings={"length": length}, compute=compute)).peak_gib
+
+    assert [peak_of(stage, workers) for stage in range(4)] == sorted(
+        (peak_of(stage, workers) for stage in range(4)), reverse=True
+    )
+    for stage in range(4):
+        assert peak_of(stage, 2 * workers) <= peak_of(stage, workers)
+
+
 def peak(**fields: Any) -> float:
     spec = {"model": {"size": "1b"}, "compute": {"accelerator": "h200"}, "probes": UNSEEN}
     return cost(TrialSpec(**(spec | fields))).peak_gib
@@ -275,6 +389,57 @@ def test_time_grows_with_the_work_and_falls_with_the_device() -> None:
     assert seconds(compute=ComputeSpec(threads=4)) < seconds() / 3
     assert seconds(compute=ComputeSpec(accelerator="h100-80gb")) < seconds(compute=ComputeSpec(accelerator="t4"))
     assert cost(one_epoch()).device_hours == cost(one_epoch()).seconds / 3600
+
+
+def many_workers(workers: int, stage: int = 0, *, num_strings: int = 8, **fields: Any) -> TrialSpec:
+    return TrialSpec(
+        strings=StringsSpec(length=256, num_strings=num_strings),
+        training=TrainingSpec(epochs=10, strings_per_step=0),
+        compute=ComputeSpec(engine="deepspeed", workers=workers, zero_stage=stage),  # type: ignore[arg-type]
+        probes=UNSEEN,
+        **fields,
+    )
+
+
+def test_workers_share_the_operations_of_a_step_or_repeat_them() -> None:
+    alone = TrialSpec(
+        strings=StringsSpec(length=256, num_strings=8),
+        training=TrainingSpec(epochs=10, strings_per_step=0),
+        probes=UNSEEN,
+    )
+    for workers in (1, 2, 8):
+        assert cost(many_workers(workers)).flops == cost(alone).flops
+    # Ten steps of a forward and a backward pass over one string, which both do, and one pass that scores it.
+    one_pass = cost(many_workers(1, num_strings=1)).flops / 31
+    assert cost(many_workers(2, num_strings=1)).flops == pytest.approx((2 * 30 + 1) * one_pass)
+
+
+def test_what_workers_tell_each_other_takes_its_time() -> None:
+    told = shape(ModelSpec()).num_parameters * 4 * 10 / costs.LINK_BYTES_PER_S["cpu"]
+    # Gradients reduced and weights gathered, of which a worker has half already.
+    assert seconds_told(many_workers(2)) == pytest.approx(2 * told / 2)
+    assert seconds_told(many_workers(8)) == pytest.approx(2 * told * 7 / 8)
+    assert seconds_told(many_workers(1)) == 0
+    assert seconds_told(many_workers(2, 3)) == seconds_told(many_workers(2, 2))  # so small a model is gathered once
+    lora = ModelSpec(lora=LoraSpec())
+    assert seconds_told(many_workers(2, 2, model=lora)) == 0
+    assert seconds_told(many_workers(2, 3, model=lora)) == pytest.approx(told / 2)
+    large = shape(ModelSpec(size="6.9b")).num_parameters * 2 * 300 / costs.LINK_BYTES_PER_S["cuda"]
+    assert seconds_told(sharded(3, workers=2)) == pytest.approx(3 * large / 2)
+
+
+def seconds_told(spec: TrialSpec) -> float:
+    """Seconds of a trial beyond those of its operations and its launches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "LINK_BYTES_PER_S", {"cpu": float("inf"), "cuda": float("inf")})
+        silent = cost(spec).seconds
+    return cost(spec).seconds - silent
+
+
+def test_two_workers_take_half_the_time_of_one_but_for_what_they_tell_each_other() -> None:
+    one, two = many_workers(1, model=tiny("pythia", size="1b")), many_workers(2, model=tiny("pythia", size="1b"))
+    assert cost(two).seconds - seconds_told(two) == pytest.approx(cost(one).seconds / 2, rel=0.05)
+    assert cost(two).device_hours == pytest.approx(2 * cost(two).seconds / 3600)
 
 
 @each_family

@@ -16,6 +16,8 @@ from rich.console import Console
 from memray.measures.statistics import holm
 from memray.report import SPEED, cells_of, factors, interval_text
 from memray.report.figure import curves, lines_of, panel_factor, sweep_figure, write_sweep_figure
+from memray.report.placement_figure import differences, placement_figure, write_placement_figures
+from memray.report.placements import cost_text, placement_groups, placement_table, varies_placement
 from memray.report.table import Trend, cell_table, epochs_below_guessing, health_warnings, result_table, trends
 from memray.spec import ModelSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.sweep import Sweep, replicates, vary
@@ -471,3 +473,162 @@ def test_a_trial_without_results_is_counted_in_the_caption():
     frame = planted(sweep, falling)
     figure = sweep_figure(sweep, without(frame, frame["trial_id"] == sweep.trials[0].trial_id()))
     assert "1 of 6 trials have no result" in figure.get_supxlabel().replace("\n", " ")
+
+
+# --- placements --------------------------------------------------------------------------------------------------
+
+
+PLACEMENTS: list[dict[str, Any]] = [
+    {},
+    {"compute.engine": "deepspeed", "compute.workers": 2},
+    {"compute.engine": "deepspeed", "compute.workers": 2, "compute.zero_stage": 3},
+]
+FOUR_STRINGS = vary(BASE, {"strings.num_strings": 4, "training.strings_per_step": 0})
+
+
+def placed(*, seeds: int = 1, others: tuple[dict[str, Any], ...] = ({},)) -> Sweep:
+    assert isinstance(FOUR_STRINGS, TrialSpec)
+    return grid([other | cell for other in others for cell in PLACEMENTS], seeds=seeds, base=FOUR_STRINGS)
+
+
+def losses(sweep: Sweep) -> pd.DataFrame:
+    """A loss that falls alike everywhere, and from epoch 5 on lies 1e-6 higher for each stage of ZeRO."""
+    frame = planted(sweep, lambda trial: 20.0)
+    stage_of = {trial.trial_id(): trial.compute.zero_stage for trial in sweep.trials}
+    later = 1e-6 * np.array([stage_of[trial_id] for trial_id in frame["trial_id"]]) * (frame["epoch"] >= 5)
+    return frame.assign(**{"recall/nll_nats": (5 - 0.1 * frame["epoch"] + frame["string_seed"]) * (1 + later)})
+
+
+def taken(sweep: Sweep, *, communication: bool = True) -> pd.DataFrame:
+    """Costs that follow from the spec: 1000 tokens a second on one device, 500 and 250 on two, a tenth more a seed."""
+    rows = []
+    for trial in sweep.trials:
+        compute = trial.compute
+        is_counted = communication and compute.engine == "deepspeed"
+        slower = compute.workers * (2 if compute.zero_stage == 3 else 1)
+        costs = {
+            "seconds": 10.0 * slower,
+            "tokens_per_s": 1000 / slower * (1 + 0.1 * trial.string_seed) * trial.strings.alphabet_size / 26,
+            "peak_gib": 0.75 / compute.workers,
+            "communication_gib": 0.125 * (1 + compute.zero_stage) if is_counted else math.nan,
+            "communication_s": 1.5 if is_counted else math.nan,
+        }
+        rows.append({"trial_id": trial.trial_id(), "cell_id": trial.cell_id(), **trial.params(), **costs})
+    return pd.DataFrame(rows)
+
+
+def rows_of(sweep: Sweep, costs: pd.DataFrame) -> list[list[str]]:
+    """The table's rows as a person reads them."""
+    columns = [column.cells for column in placement_table(sweep, costs).columns]
+    return [[str(cell) for cell in row] for row in zip(*columns, strict=True)]
+
+
+def test_a_placement_is_a_row_with_what_it_costs_and_its_ratio_to_the_first():
+    sweep = placed()
+    assert rows_of(sweep, taken(sweep)) == [
+        ["torch", "1000", "1.00", "0.750", "–", "–"],
+        ["ZeRO 0, 2 workers", "500", "0.50", "0.375", "0.125", "1.50"],
+        ["ZeRO 3, 2 workers", "250", "0.25", "0.375", "0.500", "1.50"],
+    ]
+
+
+def test_costs_of_replicates_are_told_from_lowest_to_highest():
+    sweep = placed(seeds=3)
+    first, second, _ = rows_of(sweep, taken(sweep))
+    assert first[1:3] == ["1100 [1000,1200]", "1.00"]
+    assert second[1:3] == ["550 [500,600]", "0.50"]
+
+
+def test_costs_that_nobody_counted_and_trials_that_are_unfinished_are_dashes():
+    sweep = placed()
+    costs = taken(sweep, communication=False).drop(columns=["communication_gib", "communication_s"])
+    unfinished = costs["trial_id"] == sweep.trials[2].trial_id()
+    assert [row[1:] for row in rows_of(sweep, without(costs, unfinished))] == [
+        ["1000", "1.00", "0.750", "–", "–"],
+        ["500", "0.50", "0.375", "–", "–"],
+        ["–"] * 5,
+    ]
+
+
+def test_without_the_first_placement_there_is_no_ratio():
+    sweep = placed()
+    costs = taken(sweep)
+    first = costs["trial_id"] == sweep.trials[0].trial_id()
+    assert [row[2] for row in rows_of(sweep, without(costs, first))] == ["–"] * 3
+
+
+def test_placements_are_compared_among_cells_that_are_equal_in_all_else():
+    sweep = placed(others=({"strings.alphabet_size": 26}, {"strings.alphabet_size": 13}))
+    assert [len(group) for group in placement_groups(sweep).values()] == [3, 3]
+    rows = rows_of(sweep, taken(sweep))
+    assert [row[0] for row in rows[::3]] == ["strings.alphabet_size = 26", "strings.alphabet_size = 13"]
+    assert [row[2:4] for row in rows] == [["1000", "1.00"], ["500", "0.50"], ["250", "0.25"],
+                                          ["500", "1.00"], ["250", "0.50"], ["125", "0.25"]]  # fmt: skip
+
+
+def test_a_sweep_on_one_placement_has_no_table_of_placements():
+    assert varies_placement(placed())
+    assert not varies_placement(alphabets(2, 7))
+
+
+def test_a_placement_is_named_by_its_engine_and_by_what_else_of_compute_the_sweep_moves():
+    sharded = {"compute.engine": "deepspeed", "compute.workers": 2, "compute.zero_stage": 1}
+    cells = [{}, {"compute.threads": 2}, sharded, sharded | {"compute.offload": "optimiser"}]
+    sweep = grid(cells, seeds=1, base=vary(FOUR_STRINGS, {}))  # type: ignore[arg-type]
+    (group,) = placement_groups(sweep).values()
+    assert [placement.label for placement in group] == [
+        "torch, threads 1",
+        "torch, threads 2",
+        "ZeRO 1, 2 workers, threads 1",
+        "ZeRO 1, 2 workers, offload optimiser, threads 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "digits", "shown"),
+    [([], 3, "–"), ([0.64], 3, "0.640"), ([1976.1], 4, "1976"), ([123456.0], 4, "123456"), ([0.0], 3, "0"),
+     ([1.0, 4.0], 3, "2.50 [1.00,4.00]")],
+)  # fmt: skip
+def test_a_cost_has_its_significant_digits(values: list[float], digits: int, shown: str):
+    assert cost_text(np.array(values, dtype=np.float64), digits) == shown
+
+
+def test_the_difference_of_a_loss_is_that_of_the_replicates_with_the_same_seeds():
+    sweep = placed(seeds=2)
+    (placements,) = placement_groups(sweep).values()
+    first, _, third = placements
+    found = differences(first, third, losses(sweep))
+    assert found.shape == (41, 2)
+    np.testing.assert_allclose(found.loc[5:], 3e-6, rtol=1e-6)
+    np.testing.assert_array_equal(found.loc[:4], 0.0)
+
+
+def test_the_figure_of_placements_shows_every_loss_and_every_difference_from_the_first():
+    sweep = placed()
+    (placements,) = placement_groups(sweep).values()
+    figure = placement_figure(sweep, placements, losses(sweep), taken(sweep))
+    loss, difference, *bars = figure.axes
+    assert [line.get_label() for line in loss.lines] == ["torch", "ZeRO 0, 2 workers", "ZeRO 3, 2 workers"]
+    stage_0, stage_3, _ = (xy(line)[1] for line in difference.lines)
+    assert np.isnan(stage_0).all()  # equal to the last bit
+    np.testing.assert_allclose(stage_3[5:], 3e-6, rtol=1e-6)
+    assert difference.get_yscale() == "log"
+    assert [[round(bar.get_width(), 3) for bar in axes.patches] for axes in bars] == [  # type: ignore[attr-defined]
+        [1000, 500, 250], [0.75, 0.375, 0.375], [0.125, 0.5], [1.5, 1.5],
+    ]  # fmt: skip
+
+
+def test_a_figure_of_placements_is_written_where_two_of_them_have_results(tmp_path: Path):
+    sweep = placed()
+    frame, costs = losses(sweep), taken(sweep)
+    (path,) = write_placement_figures(sweep, frame, costs, tmp_path / "new")
+    assert path.name == "placements.png"
+    assert path.stat().st_size > 10_000
+    alone = without(frame, frame["trial_id"] != sweep.trials[0].trial_id())
+    assert write_placement_figures(sweep, alone, costs, tmp_path) == []
+
+
+def test_a_figure_of_placements_is_written_for_each_level_of_what_else_moves(tmp_path: Path):
+    sweep = placed(others=({"strings.alphabet_size": 26}, {"strings.alphabet_size": 13}))
+    paths = write_placement_figures(sweep, losses(sweep), taken(sweep, communication=False), tmp_path)
+    assert [path.name for path in paths] == ["placements-1.png", "placements-2.png"]

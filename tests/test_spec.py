@@ -158,6 +158,9 @@ def valid_specs(draw: st.DrawFn) -> TrialSpec:
         precision=st.sampled_from([None, "fp32", "bf16"]),
         device_share=st.floats(0.01, 1),
     )
+    if draw(st.booleans()):
+        compute = compute | {"engine": "deepspeed", "device_share": 1.0, "zero_stage": draw(st.integers(0, 3))}
+        compute["workers"] = draw(st.sampled_from([1, num_strings, num_strings + 1]))
     seed = st.integers(0, 2**32 - 1)
     return TrialSpec(
         strings=StringsSpec(alphabet=alphabet, alphabet_size=size, num_strings=num_strings, length=length, **strings),  # type: ignore[arg-type]
@@ -242,7 +245,10 @@ CHANGES: dict[str, Any] = {
     "training": [{"epochs": 7}, {"learning_rate": 0.1}, {"schedule": "cosine"}, {"optimiser": "sgd"}, {"beta1": 0.8},
                  {"clip_norm": 0}, {"stop_when": {}}, {"stop_when": {"epochs": 2}}, {"gradient_checkpointing": True},
                  {"keep_weights": "final"}, {"warmup_steps": 1}, {"weight_decay": 0.1}],
-    "compute": [{"threads": 2}, {"precision": "bf16"}, {"accelerator": "t4", "precision": "fp32"}],
+    "compute": [{"threads": 2}, {"precision": "bf16"}, {"accelerator": "t4", "precision": "fp32"},
+                {"engine": "deepspeed"}, {"engine": "deepspeed", "workers": 2},
+                {"engine": "deepspeed", "zero_stage": 1},
+                {"engine": "deepspeed", "zero_stage": 1, "offload": "optimiser"}],
 }  # fmt: skip
 
 
@@ -360,9 +366,9 @@ def test_params_are_bare_numbers_and_none_where_nothing_applies() -> None:
     assert params["model.pretrained"] is False
     assert list(params) == sorted(params)
     assert {name for name, value in params.items() if value == "none"} == {
-        "model.lora.alpha", "model.lora.dropout", "model.lora.rank", "model.lora.target_modules", "model.path",
-        "model.revision", "training.keep_weights", "training.momentum", "training.stop_when.at_least",
-        "training.stop_when.epochs", "training.stop_when.metric",
+        "compute.offload", "compute.zero_stage", "model.lora.alpha", "model.lora.dropout", "model.lora.rank",
+        "model.lora.target_modules", "model.path", "model.revision", "training.keep_weights", "training.momentum",
+        "training.stop_when.at_least", "training.stop_when.epochs", "training.stop_when.metric",
     }  # fmt: skip
 
 
@@ -460,6 +466,45 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["unknown accelerator 'h100'", "did you mean 'h200'?", "a100-80gb"],
     ),
     "more than one device a trial": ({"compute": {"device_share": 2}}, ["less than or equal to 1"]),
+    "an unknown engine": ({"compute": {"engine": "jax"}}, ["'torch' or 'deepspeed'", "jax"]),
+    "no workers": ({"compute": {"engine": "deepspeed", "workers": 0}}, ["greater than 0"]),
+    "a stage that ZeRO has not": ({"compute": {"engine": "deepspeed", "zero_stage": 4}}, ["0, 1, 2 or 3"]),
+    "workers of plain torch": (
+        {"compute": {"workers": 2}},
+        ["engine 'torch' runs on one device", "got workers=2", "set compute.engine='deepspeed', or leave them out"],
+    ),
+    "shards of plain torch": (
+        {"compute": {"engine": "torch", "zero_stage": 1, "offload": "optimiser"}},
+        ["got zero_stage=1, offload='optimiser'", "set compute.engine='deepspeed'"],
+    ),
+    "offloaded state of an optimiser that is not sharded": (
+        {"compute": {"engine": "deepspeed", "offload": "optimiser"}},
+        ["offload='optimiser' needs at least zero_stage=1, but got zero_stage=0", "raise the stage"],
+    ),
+    "offloaded weights that are not sharded": (
+        {"compute": {"engine": "deepspeed", "zero_stage": 2, "offload": "parameters"}},
+        ["offload='parameters' needs at least zero_stage=3, but got zero_stage=2"],
+    ),
+    "a worker on a part of a device": (
+        {"compute": {"engine": "deepspeed", "device_share": 0.5}},
+        ["takes a whole device, but got device_share=0.5", "leave it out"],
+    ),
+    "strings that cannot be shared out": (
+        {
+            "strings": {"num_strings": 4},
+            "training": {"strings_per_step": 0},
+            "compute": {"engine": "deepspeed", "workers": 3},
+        },
+        ["must be a multiple of compute.workers, or fewer", "got 4 strings a step and 3 workers", "change training"],
+    ),
+    "a forward pass that does not divide a worker's share": (
+        {
+            "strings": {"num_strings": 8},
+            "training": {"strings_per_step": 0, "strings_per_forward": 8},
+            "compute": {"engine": "deepspeed", "workers": 2},
+        },
+        ["must divide the 4 strings that a worker has in a step", "got 8"],
+    ),
     "probe epochs out of order": ({"probes": {"epochs": [3, 1]}}, ["must ascend without repetition", "[3, 1]"]),
     "probe epochs twice": ({"probes": {"epochs": [1, 1]}}, ["must ascend without repetition"]),
     "more compared strings than there are": (
@@ -505,6 +550,18 @@ def test_a_spec_that_cannot_be_is_refused_with_a_sentence(what: str) -> None:
         TrialSpec(**fields)
     for sentence in sentences:
         assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("strings_per_step", "workers", "share"), [(0, 1, 8), (0, 4, 2), (0, 8, 1), (0, 9, 8), (2, 2, 1), (2, 3, 2)]
+)
+def test_a_step_is_shared_out_or_repeated_by_every_worker(strings_per_step: int, workers: int, share: int) -> None:
+    spec = TrialSpec(
+        strings=StringsSpec(num_strings=8),
+        training=TrainingSpec(strings_per_step=strings_per_step),
+        compute=ComputeSpec(engine="deepspeed", workers=workers),
+    )
+    assert spec.strings_per_worker == share
 
 
 def test_the_longest_strings_that_fit_are_allowed() -> None:

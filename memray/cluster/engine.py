@@ -17,6 +17,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from memray.cluster.communication import CommunicationLog
 from memray.cost import BUCKET
 from memray.encoding import Batch
 from memray.finetune import (
@@ -155,6 +156,8 @@ class DeepSpeedEngine:
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.model = model
         self.scored_loss = ScoredLoss(model, alphabet.to(device))
+        self.communication_log = CommunicationLog(self.world)
+        self.communication_log.install()
         engine, *_ = deepspeed.initialize(
             model=self.scored_loss,
             optimizer=optimiser(weights, spec.training),
@@ -226,23 +229,15 @@ class DeepSpeedEngine:
         return weights
 
     def communication(self) -> dict[str, float]:
-        """What this process told others so far; nothing unless `compute.logs_communication`.
+        """What this process has sent to others since the engine was made; nothing unless `compute.logs_communication`.
 
-        `gib` counts the bytes of the tensors handed to collective calls, `seconds` the time they took.
+        GiB that it sent and seconds that it spent in collective calls, as `CommunicationLog` counts them: the
+        broadcast of the first weights, training steps, scoring passes and snapshots.
         """
-        from deepspeed.comm import comms_logger
-
         if not self.spec.compute.logs_communication:
             return {}
-        records = [
-            (size, latencies)
-            for sizes in comms_logger.get_raw_data().values()
-            for size, (_, latencies, *_) in sizes.items()
-        ]
-        return {
-            "communication_gib": sum(size * len(latencies) for size, latencies in records) / 2**30,
-            "communication_s": sum(sum(latencies) for _, latencies in records) / 1000,
-        }
+        log = self.communication_log
+        return {"communication_gib": log.sent_bytes / 2**30, "communication_s": log.seconds}
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 

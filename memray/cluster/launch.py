@@ -23,12 +23,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Ray's daemons listen on every interface, whatever is set: without a token anybody could run code here. Ray makes the
-# token only if the mode is set before it is imported.
-os.environ.setdefault("RAY_AUTH_MODE", "token")
+# token only if the mode is set before it is imported. A job inherits the mode of its cluster.
+if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
 from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from memray.cluster.ledger import AlreadyFinished, Busy, Ledger, State
 from memray.cluster.resources import concurrency, of_actor, phases
@@ -133,12 +135,13 @@ def launch(
         ValueError: If a trial can never run on it.
         StorageError: If the storage refuses to be written.
     """
-    ledger.check_writable()
+    mark = ledger.check_writable()
     remaining = pending(sweep, ledger)
     deaths: dict[str, str] = {}
     if remaining:
         connect(address)
         try:
+            check_shared(ledger, mark)
             if ledger.needs_claims:
                 ledger.with_claims(cluster_claims())
             deaths = _launch_on_cluster(remaining, ledger, watcher, max_concurrent, probe_actors)
@@ -153,6 +156,36 @@ def launch(
             for trial_id in failed
         },
     )
+
+
+def check_shared(ledger: Ledger, mark: str) -> None:
+    """Refuses a storage that some node of the cluster does not share with this one.
+
+    Args:
+        mark: What was just written to the storage here.
+
+    Raises:
+        ValueError: If a node cannot read it.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    here = ray.get_runtime_context().get_node_id()
+    read = ray.remote(num_cpus=0)(_mark)
+    others = {node["NodeManagerHostname"]: node["NodeID"] for node in nodes if node["NodeID"] != here}
+    asked = {
+        name: read.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(ledger)
+        for name, node_id in others.items()
+    }
+    read_there = {name: ray.get(reference) for name, reference in asked.items()}
+    marks = {mark, ledger.mark()}  # another launch may have written its own in between
+    if blind := [name for name, found in read_there.items() if found not in marks]:
+        raise ValueError(
+            f"every node must reach the storage, but {ledger.storage} is another folder, or none, on "
+            f"{', '.join(sorted(blind))}; set --storage or MEMRAY_STORAGE to a shared folder or a URI"
+        )
+
+
+def _mark(ledger: Ledger) -> str | None:
+    return ledger.mark()
 
 
 def _launch_on_cluster(

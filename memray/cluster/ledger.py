@@ -29,6 +29,7 @@ import re
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -313,13 +314,25 @@ class Ledger:
         with ThreadPoolExecutor(16) as pool:
             return dict(zip(names, pool.map(lambda name: self.trial(name).state(), names), strict=True))
 
-    def check_writable(self) -> None:
+    def check_writable(self) -> str:
         """Write a small file, so that a storage that refuses is found before anything is scheduled.
+
+        Returns:
+            What was written: who reads the same with `mark` sees the same storage.
 
         Raises:
             StorageError: With a sentence, if it refuses.
         """
-        self.storage.replace(f"{self.sweep}/.writable", b"")
+        mark = uuid.uuid4().hex
+        self.storage.replace(f"{self.sweep}/.writable", mark.encode())
+        return mark
+
+    def mark(self) -> str | None:
+        """What `check_writable` wrote last; None where it never did."""
+        try:
+            return self.storage.read_bytes(f"{self.sweep}/.writable").decode()
+        except FileNotFoundError:
+            return None
 
 
 def _file_name(name: str, what: str) -> str:

@@ -1,15 +1,29 @@
 """A sweep as a Ray job: the same command, on a cluster, with the project's files and the right environment."""
 
 import asyncio
+import logging
+import os
 import shlex
+import socket
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+# As in a launch: a cluster outside the tests asks for its token, and Ray reads the mode when it is imported.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+import aiohttp
 import yaml
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.exceptions import RayError
+from ray.job_submission import JobDetails, JobSubmissionClient
 
 ENVIRONMENT = Path("infra/runtime_env.yaml")
+# Seconds that the dashboard may be away from a job that is being followed. The job itself does not depend on it.
+PATIENCE_S = 30.0
+# What goes wrong between here and the dashboard; of Ray's own errors the one for a missing or wrong token.
+_UNREACHABLE = (OSError, RuntimeError, RayError, aiohttp.ClientError)
 
 
 def runtime_env(variables: Mapping[str, str]) -> dict[str, Any]:
@@ -25,6 +39,34 @@ def runtime_env(variables: Mapping[str, str]) -> dict[str, Any]:
         )
     stated: dict[str, Any] = yaml.safe_load(ENVIRONMENT.read_text()) or {}
     return stated | {"working_dir": ".", "env_vars": {**(stated.get("env_vars") or {}), **variables}}
+
+
+def places(storage: str | None, tracking_uri: str | None) -> dict[str, str]:
+    """The options of a job that say where its ledger and its MLflow are.
+
+    Raises:
+        ValueError: If either would lie in the job's working directory, or there is no MLflow for a bucket.
+    """
+    if storage is None or ("://" not in storage and not Path(storage).is_absolute()):
+        found = "none is set" if storage is None else f"it is {storage!r}"
+        raise ValueError(
+            f"a job's storage must be absolute, but {found}: the job's working directory is a cache that Ray deletes; "
+            f"set --storage, MEMRAY_STORAGE or {ENVIRONMENT} to a shared folder or a URI"
+        )
+    if tracking_uri is None:
+        if "://" in storage:
+            raise ValueError(
+                f"SQLite needs a local folder, but the storage is {storage}; name a tracking server with "
+                f"--tracking-uri, MLFLOW_TRACKING_URI or {ENVIRONMENT}"
+            )
+        return {"--storage": storage}
+    scheme, _, path = tracking_uri.partition(":///")
+    if scheme == "sqlite" and path and not Path(path).is_absolute():
+        raise ValueError(
+            f"a job's tracking database must be absolute, but it is {tracking_uri}; write sqlite:////folder/mlflow.db "
+            "with four slashes, a folder of the cluster's head node"
+        )
+    return {"--storage": storage, "--tracking-uri": tracking_uri}
 
 
 def entrypoint(sweep: str, parameters: list[str], options: Mapping[str, str]) -> str:
@@ -44,33 +86,85 @@ def entrypoint(sweep: str, parameters: list[str], options: Mapping[str, str]) ->
     return shlex.join(words)
 
 
-def submit(address: str, command: str, environment: dict[str, Any], say: Callable[[str], None]) -> bool:
-    """Submits a job and follows it to its end; whether it succeeded.
+def submit(address: str, command: str, environment: dict[str, Any], say: Callable[[str], None]) -> int:
+    """Submits a job and follows it to its end; the exit code of its command, or 1 if it was stopped or never began.
 
     Args:
         address: Of the cluster's dashboard, such as http://127.0.0.1:8265.
         say: Given the job's lines as they come.
 
     Raises:
-        ConnectionError: If there is no cluster at the address.
+        ConnectionError: If there is no cluster at the address, it refuses the job, or it goes away; a job that was
+            submitted runs on.
+        ValueError: If the working directory is too large to be carried.
+        KeyboardInterrupt: If the person stops following. The job runs on, and they are told how to find it.
     """
+    address = address if "://" in address else f"http://{address}"
+    _check_answers(address)
+    for handler in logging.getLogger("ray").handlers:  # its modules set their levels themselves
+        handler.setLevel(logging.ERROR)
+    # Ray lets this variable, and RAY_ADDRESS after it, override the address that it is given.
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
     try:
         client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        raise ConnectionError(
-            f"the dashboard of a Ray cluster must answer at the address, but {address} does not ({error})"
-        ) from error
-    job_id = client.submit_job(entrypoint=command, runtime_env=environment)
+        job_id = client.submit_job(entrypoint=command, runtime_env=environment)
+    except _UNREACHABLE as error:
+        raise ConnectionError(f"the Ray cluster at {address} did not take the job: {error}") from error
     say(f"job {job_id}: {command}\n")
-    asyncio.run(_follow(client, job_id, say))
-    status = client.get_job_status(job_id)
-    say(f"job {job_id}: {status.value}\n")
-    return status == JobStatus.SUCCEEDED
+    whereabouts = (
+        f"job {job_id} runs on whether it is followed or not:\n"
+        f"  ray job logs --address {address} --follow {job_id}\n"
+        f"  ray job stop --address {address} {job_id}\n"
+    )
+    try:
+        job = asyncio.run(_follow(client, job_id, say))
+    except KeyboardInterrupt:
+        say(f"\n{whereabouts}")
+        raise
+    except _UNREACHABLE as error:
+        raise ConnectionError(
+            f"the dashboard at {address} has been away for {PATIENCE_S:.0f} s ({error}); {whereabouts.rstrip()}"
+        ) from error
+    say(f"job {job_id}: {job.status.value}\n")
+    if job.driver_exit_code is None and job.message:  # what its log cannot tell
+        say(f"{job.message}\n")
+    return job.driver_exit_code if job.driver_exit_code in (0, 1, 2, 3) else 1
 
 
-async def _follow(client: JobSubmissionClient, job_id: str, say: Callable[[str], None]) -> None:
-    """Until the job has ended; the connection that carries its log may break before that."""
-    while not client.get_job_status(job_id).is_terminal():
-        async for lines in client.tail_job_logs(job_id):
-            say(lines)
+def _check_answers(address: str) -> None:
+    """Refuses an address at which nobody listens, which Ray itself may try for minutes."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https"):
+        return
+    try:
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        socket.create_connection((parts.hostname or "", port), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"the dashboard of a Ray cluster must listen at the address, but {address} does not answer ({error})"
+        ) from error
+
+
+async def _follow(client: JobSubmissionClient, job_id: str, say: Callable[[str], None]) -> JobDetails:
+    """The job once it has ended. Each connection carries the log from its beginning, and may break before its end."""
+    said, has_ended, last_heard_s = 0, False, time.monotonic()
+    while True:
+        broke, position = False, 0
+        try:
+            async for lines in client.tail_job_logs(job_id):
+                say(lines[max(0, said - position) :])
+                position += len(lines)
+                said = max(said, position)
+                last_heard_s = time.monotonic()
+        except _UNREACHABLE:
+            broke = True
+        try:
+            job = client.get_job_info(job_id)
+            last_heard_s = time.monotonic()
+            if job.status.is_terminal() and (has_ended or not broke):
+                return job
+            has_ended = job.status.is_terminal()  # its last lines are asked for once more
+        except _UNREACHABLE:
+            if time.monotonic() - last_heard_s > PATIENCE_S:
+                raise
         await asyncio.sleep(1)

@@ -379,6 +379,28 @@ def results(sweep: Sweep, *, storage: str | None = None, tracking_uri: str | Non
     return pd.DataFrame(rows)
 
 
+# What a finished trial says that it took; `Recorder` and `DeepSpeedEngine.communication` write it.
+COSTS = ("seconds", "tokens_per_s", "peak_gib", "communication_gib", "communication_s")
+
+
+def costs(sweep: Sweep, *, storage: str | None = None) -> pd.DataFrame:
+    """What the finished trials of a sweep took: one row each, params and costs as columns, nan where one is unknown.
+
+    They differ from run to run, so that they are no measurements; in MLflow they are tags.
+
+    Args:
+        storage: Where the ledger is; `MEMRAY_STORAGE` or `./runs` if not given.
+    """
+    ledger = Ledger(storage or os.environ.get("MEMRAY_STORAGE", "runs"), sweep.name)
+    rows = []
+    for trial in sweep.trials:
+        finished = ledger.trial(trial.trial_id()).finished()
+        if finished is not None:
+            taken = {name: float(finished.summary.get(name, "nan")) for name in COSTS}
+            rows.append({"trial_id": trial.trial_id(), "cell_id": trial.cell_id(), **trial.params(), **taken})
+    return pd.DataFrame(rows, columns=None if rows else ["trial_id", "cell_id", *COSTS])
+
+
 def _results_from_mlflow(sweep: Sweep, tracking_uri: str) -> pd.DataFrame:
     client = MlflowClient(tracking_uri)
     experiment = client.get_experiment_by_name(sweep.name)

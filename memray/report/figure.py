@@ -150,12 +150,17 @@ def curves(frame: pd.DataFrame, trials: Sequence[TrialSpec], key: str) -> pd.Dat
     return values.dropna() if values.shape[1] else pd.DataFrame()
 
 
+def quieten(axes: Axes) -> None:
+    """No frame, and a grid that stays behind the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.92", lw=0.7)
+    axes.set_axisbelow(True)
+
+
 def _set_scales(axes: Any, lines: Sequence[Line], frame: pd.DataFrame) -> None:
     ends = [epochs.index[-1] for line in lines if len(epochs := curves(frame, line.trials, "recall/token_accuracy"))]
     for each in axes.flat:
-        each.spines[["top", "right"]].set_visible(False)
-        each.grid(color="0.92", lw=0.7)
-        each.set_axisbelow(True)
+        quieten(each)
         each.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0) if each in axes[:, 0] else ScalarFormatter())
         if ends and max(ends) > MAX_LINEAR_RATIO * min(ends):
             each.set_xscale("symlog", linthresh=1.0, linscale=0.4)  # epoch 0 has a place on it

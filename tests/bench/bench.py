@@ -31,7 +31,7 @@ from memray.sweep import Sweep, load
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 STUDY = HERE / "tiny_trials.py"
-NAMES = ("bare", "trainer", "tune", "overhead", "mlflow", "profile")
+NAMES = ("bare", "trainer", "tune", "overhead", "mlflow", "probes", "profile")
 # What two sides of the same recipe may differ by in their first epochs; rounding grows later.
 TOLERANCE, COMPARED_EPOCHS = 1e-3, 10
 KEYS = ("recall/token_accuracy", "recall/nll_nats")
@@ -242,6 +242,42 @@ def compare_runs(scale: Scale, wanted: list[str], folder: Path) -> tuple[list[li
     return rows, stages, agreement
 
 
+def compare_probers(scale: Scale, folder: Path) -> list[list[str]]:
+    """Time a trained token of one trial at a time that is not probed, probed by an actor, and probed within itself."""
+    sides = {"none": ("0", "probed=false"), "actor": ("1", "probed=true"), "inside": ("0", "probed=true")}
+    token_us: dict[str, list[float]] = defaultdict(list)
+    waits: list[float] = []
+    for repetition in range(scale.repetitions):
+        for name, (actors, probed) in sides.items():
+            pairs = ["seeds=1", *scale.study[1:], probed]
+            storage = folder / f"probes-{repetition}-{name}"
+            parameters = [part for pair in pairs for part in ("-p", pair)]
+            timed("-m", "memray", "run", str(STUDY), *parameters, "--storage", str(storage), "--max-concurrent", "1",
+                  "--probe-actors", actors)  # fmt: skip
+            sweep = load(STUDY, **dict(pair.split("=") for pair in pairs))
+            finished = [Ledger(str(storage), sweep.name).trial(each.trial_id()).finished() for each in sweep.trials]
+            summaries = [each.summary for each in finished if each]
+            token_us[name].append(1e6 / median(each["tokens_per_s"] for each in summaries))
+            waits += [each["probe_s"] for each in summaries if "probe_s" in each]
+    return [
+        row(
+            "a trained token: with a probe actor, against unprobed",
+            "µs",
+            token_us["actor"],
+            token_us["none"],
+            limit=1.05,
+        ),
+        row(
+            "a trained token: with probes inside, against unprobed",
+            "µs",
+            token_us["inside"],
+            token_us["none"],
+            limit=1.05,
+        ),
+        row("from a snapshot to its result", "s", waits),
+    ]
+
+
 def shares(title: str, seconds: Mapping[str, float]) -> Table:
     table = Table("part", title=title, title_justify="left")
     for column in ("s", "%"):
@@ -269,6 +305,8 @@ def run_all(scale: Scale, wanted: list[str], folder: Path) -> tuple[list[list[st
             run_ours(scale, folder / "0")
         rates = [last_line(inside, "mlflow", str(folder / "0"), *scale.study) for _ in range(scale.repetitions)]
         rows.append(row("MLflow points a second through our Tracker", "/s", [each["points_per_s"] for each in rates]))
+    if "probes" in wanted:
+        rows += compare_probers(scale, folder)
     if "profile" in wanted:
         found = last_line(inside, "profile", str(folder), *scale.study)
         tables.append(shares("Where the time of one warm trial goes (one process, one thread)", found))

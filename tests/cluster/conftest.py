@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# Loopback. Set before Ray is imported anywhere: its clients in this process would else ask for a token.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+
 import pytest
 
 import memray
 from memray.cluster.ledger import Ledger
 from memray.cluster.storage import Claims
 
-from ..ports import free_port
+from ..ports import free_port, is_listening
 
 ROOT = Path(memray.__path__[0]).parent
 
@@ -148,6 +151,7 @@ class Head:
 
     address: str
     dashboard: str
+    folder: Path
 
     def placement_groups(self) -> list[str]:
         """Ids of the placement groups that are left."""
@@ -158,15 +162,17 @@ class Head:
 
 
 @pytest.fixture(scope="session")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+def head() -> Iterator[Head]:
     """`ray start --head` on ports of its own; its processes are ended by their ids."""
     import psutil
 
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     before = {each.pid for each in psutil.process_iter()}
     temporary = tempfile.mkdtemp(prefix="memray-ray-")  # Ray's sockets need a short path
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--num-cpus=4", "--disable-usage-stats"]
     command += [f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    # Where another head on this machine has its usual port, the agent that takes jobs goes without, and says nothing.
+    command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={free_port()}"]
     command += ["--node-ip-address=127.0.0.1", f"--temp-dir={temporary}"]
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
@@ -178,7 +184,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         if each.pid not in before and temporary in " ".join(each.info["cmdline"] or [])
     ]
     try:
-        yield Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
+        deadline = time.monotonic() + 60
+        while not is_listening(agent):
+            assert time.monotonic() < deadline, "the head node's agent, which takes jobs, did not start"
+            time.sleep(0.3)
+        yield Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", Path(temporary))
     finally:
         for each in started:
             for process in (*each.children(recursive=True), each):

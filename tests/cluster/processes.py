@@ -134,7 +134,11 @@ def start(world: int, jobs: Mapping[str, Any], folder: Path) -> list[subprocess.
 def run(world: int, jobs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Runs jobs to their end in processes of their own; what each gave, by its name."""
     processes = start(world, jobs, folder)
-    codes = [process.wait(timeout=280) for process in processes]
+    try:
+        codes = [process.wait(timeout=280) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     logs = "\n".join((folder / f"log-{rank}").read_text()[-3000:] for rank in range(world))
     assert codes == [0] * world, logs
     return pickle.loads((folder / "results.pickle").read_bytes())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from memray.cluster.resources import concurrency, of_actor
+from memray.cluster.resources import concurrency, of_actor, of_worker, phases
 from memray.spec import ComputeSpec, StringsSpec, TrialSpec
 
 GIB = 2**30
@@ -42,3 +42,31 @@ def test_nodes_add_up_but_no_trial_spans_two() -> None:
 def test_a_trial_that_no_node_can_hold_is_refused() -> None:
     with pytest.raises(ValueError, match=r"needs 1 CPU, 1 GPU, and the nodes have 8 CPU, 0 GPU"):
         concurrency([trial(accelerator="h200")], [{"CPU": 8.0, "memory": 64.0 * GIB}])
+
+
+def sharded(workers: int, **compute: object) -> TrialSpec:
+    return trial(engine="deepspeed", workers=workers, **compute)
+
+
+def test_the_workers_of_a_trial_and_the_actor_that_waits_for_them_fit_the_cores_that_they_compute_on() -> None:
+    asked = [of_actor(sharded(2)), of_worker(sharded(2)), of_worker(sharded(2))]
+    assert sum(each["CPU"] for each in asked) <= 2
+    assert asked[0].keys() == {"CPU"}
+    assert of_worker(sharded(2, accelerator="h200", threads=4)) == {"CPU": 3.9, "GPU": 1.0}
+
+
+def test_a_trial_of_many_workers_may_span_nodes_and_counts_all_of_them() -> None:
+    nodes = [{"CPU": 8.0, "GPU": 4.0, "memory": 64.0 * GIB}] * 2
+    assert concurrency([sharded(2, accelerator="h200")], nodes) == 4
+    assert concurrency([sharded(8, accelerator="h200")], nodes) == 1
+    assert concurrency([trial(accelerator="h200"), sharded(4, accelerator="h200")], nodes) == 2
+    with pytest.raises(
+        ValueError, match=r"has 16 of them, each needs 0\.9 CPU, 1 GPU, and the nodes have 8 CPU, 4 GPU;"
+    ):
+        concurrency([sharded(16, accelerator="h200")], nodes)
+
+
+def test_trials_of_many_workers_run_before_those_of_one_and_never_beside_them() -> None:
+    alone, two, four = [trial(), trial(threads=2)], [sharded(2), sharded(2, zero_stage=3)], [sharded(4)]
+    assert phases([alone[0], *two, *four, alone[1]]) == [four, two, alone]
+    assert phases([sharded(1), trial()]) == [[sharded(1)], [trial()]]

@@ -286,7 +286,7 @@ def test_a_storage_that_cannot_be_written_leaves_with_3(study_folder: StudyFolde
 
 
 def test_a_relative_storage_inside_a_ray_job_is_refused(study_folder: StudyFolder) -> None:
-    study_folder.environment["RAY_JOB_ID"] = "01000000"
+    study_folder.environment["RAY_JOB_CONFIG_JSON_ENV_VAR"] = "{}"
     command = [sys.executable, "-m", "memray", "run", "small.py", "--storage", "runs"]
     done = subprocess.run(command, capture_output=True, check=False, **study_folder.options())
     assert done.returncode == 2

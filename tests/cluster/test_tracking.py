@@ -1,6 +1,12 @@
 """Cells: medians over replicates, where a censored one is late and an undefined one is unknown."""
 
-from memray.cluster.tracking import cell_measurements, points
+import math
+from pathlib import Path
+
+from memray.cluster.ledger import Ledger
+from memray.cluster.tracking import cell_measurements, costs, points
+from memray.spec import TrialSpec
+from memray.sweep import Sweep
 
 
 def replicate(*metrics: dict[str, float]) -> list[dict]:
@@ -52,3 +58,14 @@ def test_points_carry_times_that_derive_from_their_epoch() -> None:
     first, second = points(replicate({"recall/robust": 0.1}, {"recall/robust": 0.2}), created_ms=5_000)
     assert (first.step, first.timestamp, first.value) == (0, 5_000, 0.1)
     assert (second.step, second.timestamp, second.value) == (1, 6_000, 0.2)
+
+
+def test_costs_have_a_row_a_finished_trial_and_nan_where_nothing_was_counted(tmp_path: Path) -> None:
+    sweep = Sweep([TrialSpec(string_seed=seed) for seed in range(2)], name="study")
+    assert costs(sweep, storage=str(tmp_path)).columns.tolist()[:3] == ["trial_id", "cell_id", "seconds"]
+    trial = sweep.trials[1]
+    with Ledger(str(tmp_path), "study").trial(trial.trial_id()).claim(trial.canonical_json(), "ours") as attempt:
+        attempt.finish({"epochs": 3, "seconds": 7.5, "tokens_per_s": 100, "peak_gib": 0.5})
+    (row,) = costs(sweep, storage=str(tmp_path)).to_dict("records")
+    assert (row["trial_id"], row["string_seed"], row["seconds"], row["tokens_per_s"]) == (trial.trial_id(), 1, 7.5, 100)
+    assert math.isnan(row["communication_gib"])

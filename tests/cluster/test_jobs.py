@@ -1,0 +1,266 @@
+"""A sweep as a Ray job on a head node that was started by hand, through Ray's own command and through `submit`."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from memray.cluster.ledger import Ledger
+
+from .conftest import ROOT, STUDY, Head
+
+# One trial of two fails: the directory's tokenizer and config satisfy the plan, and its weights are cut off.
+FAILING_STUDY = STUDY.replace(
+    "        vary(BASE,",
+    "        vary(BASE, {'model.pretrained': size == 7, 'model.path': BROKEN if size == 7 else None} |",
+)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the project with a small study, and with what a checkout gathers that no job needs."""
+    folder = tmp_path / "project"
+    shutil.copytree(ROOT / "memray", folder / "memray", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "infra", folder / "infra")
+    shutil.copy(ROOT / ".rayignore", folder)
+    (folder / "sweeps").mkdir()
+    (folder / "sweeps" / "small.py").write_text(STUDY)
+    for left in (".venv/lib", ".git/objects", "build", "runs/small", "mlruns", "docs", "tests", "memray.egg-info"):
+        (folder / left).mkdir(parents=True)
+        (folder / left / "large").write_bytes(os.urandom(1_000_000))
+    for cache in (".pytest_cache", ".hypothesis", ".ruff_cache", ".import_linter_cache", "memray/__pycache__"):
+        (folder / cache).mkdir()
+        (folder / cache / "large").write_bytes(os.urandom(1_000_000))
+    return folder
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Loopback, without a token and without what a developer's shell may hold."""
+    foreign = ("MLFLOW_", "MEMRAY_", "RAY_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    return inherited | {"RAY_AUTH_MODE": "disabled"} | variables
+
+
+def memray(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "memray", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment(**variables), capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def ray_job_submit(folder: Path, head: Head, *command: str) -> subprocess.CompletedProcess[str]:
+    """Ray's own command, as the README gives it."""
+    words = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", head.dashboard]
+    words += ["--runtime-env", "infra/runtime_env.yaml", "--working-dir", ".", "--", *command]
+    return subprocess.run(
+        words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def last_job(head: Head):
+    """The job that was submitted last, as Ray tells of it."""
+    from ray.job_submission import JobSubmissionClient
+
+    client = JobSubmissionClient(head.dashboard)
+    job = max(client.list_jobs(), key=lambda each: (each.submission_id is not None, each.start_time))
+    return job, client.get_job_logs(job.submission_id) if job.submission_id else ""
+
+
+def uploaded(head: Head) -> Path:
+    """What the last job was given, as its node unpacked it."""
+    carried = last_job(head)[0].runtime_env or {}
+    package = carried["working_dir"].rpartition("/")[2].removesuffix(".zip")
+    (found,) = head.folder.glob(f"session_2*/runtime_resources/working_dir_files/{package}")
+    return found
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def run_states(storage: Path, sweep: str) -> dict[str, list[str]]:
+    """The statuses of MLflow's runs of a sweep, by their kind."""
+    client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(sweep)
+    assert experiment is not None
+    states: dict[str, list[str]] = {}
+    for run in client.search_runs([experiment.experiment_id]):
+        states.setdefault(run.data.tags["memray.kind"], []).append(run.info.status)
+    return {kind: sorted(found) for kind, found in states.items()}
+
+
+def attempts(storage: Path, sweep: str) -> list[int]:
+    ledger = Ledger(str(storage), sweep)
+    return [found.attempt for each in ledger.trial_ids() if (found := ledger.trial(each).finished())]
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(900)
+def test_ray_job_submit_runs_the_demo_and_mlflow_holds_it(head: Head, tmp_path: Path) -> None:
+    options = ["-p", "seeds=1", "--storage", str(tmp_path), "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    done = ray_job_submit(ROOT, head, "python", "-m", "memray", "run", "sweeps/demo.py", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    job, log = last_job(head)
+    assert job.status == "SUCCEEDED"
+    assert "5 trials to run" in log
+    assert "5/5" in log
+    assert "\r" not in log  # a line a trial, and no bar drawn over itself
+    assert "\x1b" not in log
+    package = uploaded(head)
+    assert (package / "memray" / "__main__.py").is_file()
+    assert not [path for path in package.rglob("*") if path.name in (".venv", ".git", "__pycache__", "runs", "build")]
+    assert size_of(package) < 2_000_000
+    assert run_states(tmp_path, "demo") == {
+        "sweep": ["FINISHED"],
+        "cell": ["FINISHED"] * 5,
+        "trial": ["FINISHED"] * 5,
+    }
+    audit = memray(ROOT, "audit", "sweeps/demo.py", *options)
+    assert audit.returncode == 0, audit.stderr
+    assert "5 trials, 0 differences" in audit.stdout
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(600)
+def test_submit_follows_a_job_that_outlives_it(head: Head, project: Path, tmp_path: Path) -> None:
+    arguments = ["submit", "sweeps/small.py", "-p", "seeds=1", "--address", head.dashboard]
+    arguments += ["--storage", str(tmp_path / "runs")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "memray", *arguments],
+        cwd=project,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "2 trials to run" in line:
+            break
+    job, _ = last_job(head)
+    assert job.status == "RUNNING"  # the line came while there was more to come
+    process.send_signal(signal.SIGINT)
+    told = process.stdout.read()
+    assert process.wait(timeout=30) == 130
+    for verb in ("logs", "stop"):
+        assert f"ray job {verb} --address {head.dashboard}" in told
+    assert (told.count(job.submission_id), "Traceback" in told) == (3, False)
+    deadline = time.monotonic() + 240
+    while last_job(head)[0].status == "RUNNING":
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    assert last_job(head)[0].status == "SUCCEEDED"
+    assert sorted(path.name for path in uploaded(head).iterdir()) == [".rayignore", "infra", "memray", "sweeps"]
+    assert size_of(uploaded(head)) < 1_000_000
+
+    # Ray lets these variables override the address that its client is given.
+    done = memray(project, *arguments[:2], "-p", "seeds=2", *arguments[4:], RAY_ADDRESS="127.0.0.1:9")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 trials to run" in done.stdout
+    assert done.stdout.count("2/2") == 1
+    assert done.stdout.endswith("SUCCEEDED\n")
+    assert attempts(tmp_path / "runs", "small") == [1, 1, 1, 1]
+    assert run_states(tmp_path / "runs", "small")["trial"] == ["FINISHED"] * 4
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(600)
+def test_a_job_with_a_failing_trial_fails_and_finishes_the_others(head: Head, project: Path, tmp_path: Path) -> None:
+    from memray.models import character_tokenizer, load_model
+    from memray.spec import ModelSpec
+
+    broken, storage = tmp_path / "broken", tmp_path / "runs"
+    load_model(ModelSpec(), seed=0).save_pretrained(broken)
+    character_tokenizer().save_pretrained(broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (project / "sweeps" / "small.py").write_text(
+        FAILING_STUDY.replace("def sweep", f"BROKEN = {str(broken)!r}\n\n\ndef sweep")
+    )
+    options = ["-p", "seeds=1", "--storage", str(storage)]
+    done = ray_job_submit(project, head, "python", "-m", "memray", "run", "sweeps/small.py", *options)
+    assert done.returncode == 1, done.stdout + done.stderr
+    job, log = last_job(head)
+    assert (job.status, job.driver_exit_code) == ("FAILED", 1)
+    assert "failed: " in log
+    assert attempts(storage, "small") == [1]
+    assert run_states(storage, "small")["trial"] == ["FAILED", "FINISHED"]
+
+    done = memray(project, "submit", "sweeps/small.py", *options, "--address", head.dashboard)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 trials to run" in done.stdout
+    assert done.stdout.endswith("FAILED\n")
+    assert attempts(storage, "small") == [1]
+
+
+@pytest.mark.fault
+def test_a_job_runs_the_uploaded_project_and_keeps_nothing_in_it(head: Head, project: Path) -> None:
+    (project / "where.py").write_text(
+        "import memray, ray\n"
+        "def place() -> str:\n    import memray\n    return memray.__file__\n"
+        "ray.init(log_to_driver=False)\n"
+        "print(memray.__file__, ray.get(ray.remote(place).remote()), sep='\\n')\n"
+        "from memray.cli import main\n"
+        "import sys\nsys.argv = ['memray', 'run', 'sweeps/small.py']\nmain()\n"
+    )
+    done = ray_job_submit(project, head, "python", "where.py")
+    assert done.returncode == 1
+    job, log = last_job(head)
+    assert log.count(str(uploaded(head) / "memray" / "__init__.py")) == 2
+    assert job.driver_exit_code == 2
+    assert "inside a Ray job the storage must be absolute" in log
+
+
+# (further arguments, what the refusal must say)
+REFUSED = {
+    "no storage": ([], "a job's storage must be absolute, but none is set"),
+    "a relative storage": (["--storage", "runs"], "a job's storage must be absolute, but it is 'runs'"),
+    "a bucket without a tracking server": (["--storage", "s3://bucket/runs"], "name a tracking server"),
+    "a relative database": (
+        ["--storage", "/shared/runs", "--tracking-uri", "sqlite:///runs/mlflow.db"],
+        "must be absolute, but it is sqlite:///runs/mlflow.db",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_job_that_would_lose_its_results_is_refused(what: str) -> None:
+    arguments, sentence = REFUSED[what]
+    done = memray(ROOT, "submit", "sweeps/demo.py", "--address", "http://127.0.0.1:9", *arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+
+
+def test_a_study_that_the_job_would_not_carry_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text(STUDY)
+    options = ["--address", "http://127.0.0.1:9", "--storage", str(tmp_path)]
+    done = memray(ROOT, "submit", str(tmp_path / "small.py"), *options)
+    assert done.returncode == 2
+    assert f"the study must be a file below {ROOT}" in done.stderr
+
+
+def test_a_working_directory_that_is_not_the_project_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text(STUDY)
+    options = ["--address", "http://127.0.0.1:9", "--storage", str(tmp_path)]
+    done = memray(tmp_path, "submit", "small.py", *options, PYTHONPATH=str(ROOT))
+    assert done.returncode == 2
+    assert f"must be the project's with memray/ and infra/runtime_env.yaml, but {tmp_path} is not" in done.stderr
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:{}", "127.0.0.1:{}"])
+def test_an_address_without_a_dashboard_leaves_with_3_in_seconds(address: str, tmp_path: Path) -> None:
+    with socket.socket() as unused:  # bound, so that nobody else takes it, and deaf
+        unused.bind(("127.0.0.1", 0))
+        address = address.format(unused.getsockname()[1])
+        began_s = time.monotonic()
+        done = memray(ROOT, "submit", "sweeps/demo.py", "--address", address, "--storage", str(tmp_path))
+        assert done.returncode == 3
+        assert "does not answer" in done.stderr
+        assert time.monotonic() - began_s < 30  # of which imports take most
