@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STORAGE ?= runs
 export TOKENIZERS_PARALLELISM = false
+export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: demo test test-faults lint bench clean
 
@@ -25,7 +26,7 @@ lint: $(VENV)/.installed  ## ruff, pyright, import-linter
 	$(BIN)/lint-imports
 
 test: $(VENV)/.installed  ## under ten minutes on two cores
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-faults: $(VENV)/.installed  ## kills and outages, under forty minutes
 	$(BIN)/python -m pytest -q -m fault

@@ -14,6 +14,8 @@ from memray.spec import ComputeSpec, StringsSpec, TrainingSpec, TrialSpec
 
 from .processes import Steps, batch_of, run
 
+pytestmark = pytest.mark.fault  # no kill, but half a minute
+
 LENGTHS = (24, 24)
 
 
