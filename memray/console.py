@@ -89,7 +89,8 @@ def why_placed(sweep: Sweep) -> Iterator[str]:
 def where_probes_run(sweep: Sweep) -> str:
     """Who looks at the weights of probe epochs, on a cluster of this machine alone."""
     on_cpu = all(trial.compute.accelerator == "cpu" for trial in sweep.trials)
-    number = num_probe_actors(os.cpu_count() or 1) if on_cpu else 0
+    threads = max(trial.compute.threads for trial in sweep.trials)
+    number = num_probe_actors((os.cpu_count() or 1) // threads) if on_cpu else 0
     if number:
         return f"On this machine alone, {number} actors score the snapshots of probe epochs, beside the trials."
     why = (

@@ -145,8 +145,9 @@ def finetune(
                 return
             continue
         scores = engine.score(batch)
+        is_last = stop is not None and stop(scores)
         yield epoch, scores
-        if stop and stop(scores):
+        if is_last:
             return
         order = np.random.default_rng(np.random.SeedSequence([order_seed, epoch])).permutation(num_strings)
         for k in range(steps_per_epoch):

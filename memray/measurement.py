@@ -36,6 +36,7 @@ class Measurement:
         strings: One row a string, trained or held out: its measures, and its mean prediction.
         tokens: The scores behind them, by role.
         weights: The model's weights at this epoch, where the spec keeps them.
+        scored_s: When the trained strings were scored, by a clock of the process that trained them.
     """
 
     trial_id: str
@@ -45,6 +46,7 @@ class Measurement:
     strings: tuple[dict[str, Any], ...] = field(default=(), repr=False)
     tokens: Mapping[str, TokenScores] = field(default_factory=dict, repr=False)
     weights: Mapping[str, ndarray] | None = field(default=None, repr=False)
+    scored_s: float = field(default=0.0, repr=False, compare=False)
 
     def record(self) -> dict[str, Any]:
         """The part that is one line of JSON."""

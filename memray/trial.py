@@ -5,9 +5,10 @@ debugger. Wherever a trial is placed, this is what runs.
 """
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -335,13 +336,15 @@ def measure_while_training(
         for scored in watch.scored(epoch, scores, is_last=is_last):
             if engine.is_main:
                 yield scored.measure(measurer)
+    assert not watch.waiting  # the last epoch lets none wait
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One epoch that waits to be measured."""
+    """One epoch that waits to be measured; `scored_s` is when it was scored, by a clock of this process."""
 
     epoch: int
+    scored_s: float
     trained: TokenScores
     look: Look | None
     weights: Weights | None
@@ -355,9 +358,10 @@ class Scored:
                 f"{measurer.trial_id} they differ: the two ran on different devices or versions, or the snapshot is "
                 "not what was trained"
             )
-        return measurer.measure(
+        measurement = measurer.measure(
             self.epoch, self.trained, looked.held_out, is_last=self.is_last, weights=self.weights or None
         )
+        return replace(measurement, scored_s=self.scored_s)
 
 
 class Watch:
@@ -393,7 +397,7 @@ class Watch:
         if is_last:
             self._look(epoch, is_last=True)
         look, weights = self.looks.pop(epoch, None), self.weights.pop(epoch, None)
-        self.waiting.append(Scored(epoch, scores, look, weights, is_last))
+        self.waiting.append(Scored(epoch, time.monotonic(), scores, look, weights, is_last))
         if self.keeper and not is_last:
             self.is_checkpoint_due = self.engine.gather(self.keeper.is_due())[0]
         while self.waiting:

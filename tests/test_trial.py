@@ -275,6 +275,22 @@ def test_measurements_wait_for_their_looks_and_stay_in_order() -> None:
     assert prober.waited_for == sorted(prober.waited_for)
 
 
+@pytest.mark.parametrize("changes", [{}, {"training.strings_per_step": 2}, {"model.dropout": 0.1}])
+def test_a_stopped_trial_has_its_end_however_its_epochs_are_scored(changes: dict[str, Any]) -> None:
+    rule = {"at_least": 0.05, "epochs": 2}
+    stopped = {"strings.num_strings": 4, "training.strings_per_step": 0, "training.stop_when": rule}
+    spec = changed(stopped | {"training.keep_weights": "final", "probes.epochs": (0,)} | changes)
+    held_out = prepare(spec).held_out
+    assert held_out is not None
+    for prober in (None, LateProber(held_out)):
+        measured = list(run_trial(spec, prober=prober))
+        assert 0 < measured[-1].epoch < 12
+        assert [each.epoch for each in measured] == list(range(len(measured)))
+        assert "guessing/heldout_accuracy" in measured[-1].metrics
+        assert "phase/memorisation" in measured[-1].strings[0]
+        assert measured[-1].weights is not None
+
+
 def test_a_look_that_scores_the_trained_strings_otherwise_ends_the_trial() -> None:
     material = prepare(SHORT)
     assert material.held_out is not None

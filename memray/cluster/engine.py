@@ -10,6 +10,7 @@ from typing import Any
 
 os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
@@ -150,7 +151,7 @@ class DeepSpeedEngine:
         self.training = spec.training
         # Objects travel apart from tensors, through the memory of the host.
         self.group = dist.new_group(backend="gloo")
-        torch.manual_seed(spec.order_seed + self.rank)  # dropout alone draws from it
+        torch.manual_seed(_dropout_seed(spec, self.rank))
         if spec.training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -255,9 +256,19 @@ class DeepSpeedEngine:
             )
         for path in (folder / TAG).glob("*.pt"):
             check_pickle(path)
-        self.engine.load_checkpoint(str(folder), tag=TAG)
+        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise ValueError(f"DeepSpeed found no checkpoint of its own in {folder}; delete it to train from the start")
         states = torch.load(folder / f"generators-{self.rank}.pt", weights_only=True)
         set_generator_states(states, self.device)
+
+
+def _dropout_seed(spec: TrialSpec, rank: int) -> int:
+    """Of the generator that dropout alone draws from; the same for all workers that repeat the same strings."""
+    is_repeated = (spec.training.strings_per_step or spec.strings.num_strings) < spec.compute.workers
+    if rank == 0 or is_repeated:
+        return spec.order_seed
+    return int(np.random.SeedSequence([spec.order_seed, rank]).generate_state(1)[0])
 
 
 def check_pickle(path: Path) -> None:

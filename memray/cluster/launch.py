@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,10 +33,10 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from memray.cluster.ledger import AlreadyFinished, Busy, Ledger, State
+from memray.cluster.probe_pool import probe_pool
 from memray.cluster.resources import concurrency, of_actor, phases
 from memray.cluster.storage import cluster_claims
 from memray.cluster.weights import start_weights_owner
-from memray.placement import num_probe_actors
 from memray.spec import TrialSpec
 from memray.sweep import Sweep
 
@@ -194,25 +194,27 @@ def _launch_on_cluster(
     """Runs the trials, and returns what Ray says of those whose folder could not even take the failure."""
     nodes = {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
     concurrency(remaining, list(nodes.values()))  # before anything is started
-    actors = start_probe_actors(remaining, nodes, probe_actors)
-    groups = [(group, concurrency(group, list(nodes.values()))) for group in phases(remaining)]
     shared = Shared(
         ledger=ledger,
         launch_name=uuid.uuid4().hex[:12],
         owner=start_weights_owner() if any(spec.model.pretrained for spec in remaining) else None,
-        probe_actors=actors,
+        probe_actors=[],
     )
-    if actors:
-        watcher.says(f"{len(actors)} probe actors score snapshots while trials train on")
-    watcher.began(len(remaining), max(min(held, max_concurrent or held, len(group)) for group, held in groups))
     deaths: dict[str, str] = {}
+    has_begun = False
     while remaining:
         busy: dict[str, str] = {}
-        for group, held in groups:
-            trials = [spec for spec in group if spec in remaining]
-            if trials:
+        with probe_pool(remaining, nodes, probe_actors) as (actors, left):
+            groups = [(group, concurrency(group, left)) for group in phases(remaining)]
+            if not has_begun:
+                has_begun = True
+                if actors:
+                    watcher.says(f"{len(actors)} probe actors score snapshots while trials train on")
+                side_by_side = max(min(held, max_concurrent or held, len(group)) for group, held in groups)
+                watcher.began(len(remaining), side_by_side)
+            for group, held in groups:
                 announcer = Announcer(ledger, watcher, shared.launch_name)
-                run_on_tune(trials, shared, min(held, max_concurrent or held), announcer)
+                run_on_tune(group, replace(shared, probe_actors=actors), min(held, max_concurrent or held), announcer)
                 deaths |= announcer.deaths
                 busy |= announcer.busy
         remaining = [spec for spec in remaining if spec.trial_id() in busy]
@@ -220,44 +222,6 @@ def _launch_on_cluster(
             watcher.says(next(iter(busy.values())))
             time.sleep(WAIT_S)
     return deaths
-
-
-def start_probe_actors(trials: Sequence[TrialSpec], nodes: dict[str, dict[str, float]], number: int | None) -> list:
-    """Starts actors that score snapshots, and takes what they hold off their nodes.
-
-    Args:
-        nodes: What each node has, by its id; changed.
-        number: None means by the number of devices.
-
-    Raises:
-        ValueError: If that many are asked for, but the trials do not all run on one kind of device.
-    """
-    kinds = {(spec.compute.accelerator, spec.compute.threads) for spec in trials}
-    (kind, threads), *others = sorted(kinds)
-    asked: dict[str, float] = {"CPU": float(threads)} | ({} if kind == "cpu" else {"GPU": 1.0})
-    if number is None:
-        devices = sum(node.get("CPU" if kind == "cpu" else "GPU", 0) for node in nodes.values())
-        number = 0 if others else num_probe_actors(int(devices))
-    if number == 0:
-        return []
-    if others:
-        raise ValueError(
-            f"probe actors score on the kind of device that trains, but the trials run on several: {sorted(kinds)}; "
-            "set --probe-actors 0, or split the study"
-        )
-    room = sum(min(int(node.get(name, 0) / amount) for name, amount in asked.items()) for node in nodes.values())
-    if room < number:
-        raise ValueError(
-            f"the probe actors must fit the cluster, but {number} of {asked} were asked for and it holds {room}; lower "
-            "--probe-actors"
-        )
-    # Restarted when they die, and what they were at is done once more.
-    remote = ray.remote(num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), max_restarts=-1, max_task_retries=1)
-    actors = [remote(_ProbeActor).remote() for _ in range(number)]
-    for node_id in ray.get([actor.node_id.remote() for actor in actors]):
-        for name, amount in asked.items():
-            nodes[node_id][name] -= amount
-    return actors
 
 
 @dataclass(frozen=True)
@@ -291,18 +255,6 @@ def run_on_tune(trials: Sequence[TrialSpec], shared: Shared, side_by_side: int, 
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             ),
         ).fit()
-
-
-class _ProbeActor:
-    """A probe actor that imports torch in its own process alone."""
-
-    def node_id(self) -> str:
-        return ray.get_runtime_context().get_node_id()
-
-    def look(self, *arguments: Any) -> Any:
-        from memray.cluster.probing import look
-
-        return look(*arguments)
 
 
 def _run_in_actor(config: dict[str, Any], *, shared: Shared) -> None:

@@ -96,7 +96,7 @@ class ActorProber:
     """Hands a trial's snapshots to probe actors, in turn, a few at a time.
 
     Attributes:
-        seconds: From each snapshot to its result, as results come in.
+        seconds: From each snapshot to its result, as results come in, by the clocks of the two nodes.
     """
 
     spec_json: str

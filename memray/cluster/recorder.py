@@ -52,7 +52,8 @@ class Recorder:
         self.is_main = is_main
         self.gathered: list[Measurement] = []
         self.written_s = self.kept_s = self.began_s = time.monotonic()
-        reset_peak_memory()
+        self.on_cpu = accelerator(spec.compute.accelerator).device == "cpu"
+        reset_peak_memory(self.on_cpu)
         self.scratch = tempfile.TemporaryDirectory(prefix="memray-checkpoint-")
 
     def record(self, measurements: Iterable[Measurement], summary: Callable[[], dict[str, Any]] = dict) -> None:
@@ -61,12 +62,13 @@ class Recorder:
         Args:
             summary: What else is to be said of the trial at its end.
         """
-        epoch, num_tokens, first_s = 0, 0, None
+        epoch, num_tokens, first_s, last_s = 0, 0, None, 0.0
         for measurement in measurements:
             self.gathered.append(measurement)
             epoch = measurement.epoch
+            last_s = measurement.scored_s
             if first_s is None:
-                first_s = time.monotonic()
+                first_s = last_s
             else:
                 num_tokens += len(measurement.tokens[TRAINED].string)
             if time.monotonic() - self.written_s > SEGMENT_S:
@@ -78,9 +80,9 @@ class Recorder:
             told: dict[str, Any] = {"epochs": epoch, "seconds": round(time.monotonic() - self.began_s, 3)}
             if self.checkpoint is not None:
                 told["resumed_from_epoch"] = self.checkpoint.epoch
-            if first_s is not None:
-                told["tokens_per_s"] = round(num_tokens / (time.monotonic() - first_s), 1)
-            told["peak_gib"] = round(peak_memory_gib(), 3)
+            if first_s is not None and last_s > first_s:
+                told["tokens_per_s"] = round(num_tokens / (last_s - first_s), 1)
+            told["peak_gib"] = round(peak_memory_gib(self.on_cpu), 3)
             self.writer.finish(told | provenance(self.spec) | summary())
 
     def _write(self) -> None:
@@ -131,16 +133,14 @@ class Recorder:
 
 def about_checkpoint(spec: TrialSpec) -> dict[str, Any]:
     """What decides whether a checkpoint can be continued."""
-    return {
-        "trial_id": spec.trial_id(),
-        "probes_id": spec.probes.probes_id(),
-        "engine": spec.compute.engine,
-        "workers": spec.compute.workers,
-    }
+    named = {"trial_id": spec.trial_id(), "engine": spec.compute.engine, "workers": spec.compute.workers}
+    return named | {name: value for name, value in provenance(spec).items() if name != "probes"}
 
 
 def check_resumable(spec: TrialSpec, checkpoint: KeptCheckpoint) -> None:
-    """Refuses a checkpoint of another trial, or of another number of workers, which its shards do not fit.
+    """Refuses a checkpoint of another trial, on another number of workers, or of other versions on another device.
+
+    Its shards would not fit, or the numbers before and after it would not be of one kind.
 
     Raises:
         ValueError: If it is one.
@@ -172,17 +172,18 @@ def provenance(spec: TrialSpec) -> dict[str, Any]:
     }
 
 
-def reset_peak_memory() -> None:
+def reset_peak_memory(on_cpu: bool) -> None:
     """Begins a new peak, for processes are reused from trial to trial."""
-    if torch.cuda.is_available():
+    if not on_cpu:
         torch.cuda.reset_peak_memory_stats()
+        return
     with contextlib.suppress(OSError):  # Linux alone has it
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory_gib() -> float:
+def peak_memory_gib(on_cpu: bool) -> float:
     """The peak of this process's device since it was reset: of its accelerator, or of its own memory."""
-    if torch.cuda.is_available():
+    if not on_cpu:
         return torch.cuda.max_memory_allocated() / 2**30
     status = Path("/proc/self/status")
     if status.exists():

@@ -4,17 +4,20 @@ Train starts the workers and notices their death. What is measured, and the chec
 Train's own storage holds nothing that is read again. The process that called holds the lease.
 """
 
+import contextlib
 import functools
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray.train
+import torch
 from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from memray.cluster.ledger import Attempt, KeptCheckpoint
+from memray.cluster.ledger import START, Attempt, Cursor, KeptCheckpoint
 from memray.cluster.resources import is_on_cpu, of_worker
 from memray.spec import TrialSpec
 
@@ -54,7 +57,7 @@ def train(
             torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
             run_config=RunConfig(name=spec.trial_id(), storage_path=scratch),
         )
-        errors = _fit(trainer, lambda: told(_last_epoch(attempt)))
+        errors = _fit(trainer, Progress(attempt, told).look)
     for error in errors:
         raise _of_worker(error)
 
@@ -77,9 +80,20 @@ def _fit(trainer: TorchTrainer, look: Callable[[], None]) -> list[Exception]:
     return errors
 
 
-def _last_epoch(attempt: Attempt) -> int:
-    lines, _ = attempt.folder.measurements()
-    return lines[-1]["epoch"] if lines else 0
+@dataclass
+class Progress:
+    """Looks into the trial's folder how far its workers have come."""
+
+    attempt: Attempt
+    told: Callable[[int], None]
+    cursor: Cursor = START
+    epoch: int = 0
+
+    def look(self) -> None:
+        with contextlib.suppress(OSError):  # a storage that is away for a moment ends no training
+            lines, self.cursor = self.attempt.folder.measurements(self.cursor)
+            self.epoch = lines[-1]["epoch"] if lines else self.epoch
+        self.told(self.epoch)
 
 
 def _of_worker(error: Exception) -> Exception:
@@ -104,6 +118,8 @@ def _work(config: dict[str, Any]) -> None:
     spec = TrialSpec.model_validate_json(config["spec"])
     owner, actors = config["owner"], config["probe_actors"]
     rank = ray.train.get_context().get_world_rank()
+    if not is_on_cpu(spec):
+        torch.cuda.set_device(get_device())
     shelf = ModelShelf(functools.partial(fetch, owner) if owner is not None else None, keeps_model=False)
     prober = ActorProber(config["spec"], actors) if actors else None
     recorder = Recorder(spec, config["writer"], config["checkpoint"], is_main=rank == 0)

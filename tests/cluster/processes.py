@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from memray import scoring
 from memray.cluster.ledger import KeptCheckpoint, Writer
 from memray.encoding import Batch, Encoder, encode
 from memray.finetune import Engine
@@ -41,8 +42,10 @@ class Steps:
     spec: TrialSpec
     lengths: Sequence[int]
     number: int = 30
+    logits_per_chunk: int = scoring.LOGITS_PER_CHUNK
 
     def run(self, engine: Engine) -> dict[str, Any]:
+        scoring.LOGITS_PER_CHUNK = self.logits_per_chunk
         batch, losses = batch_of(self.lengths), []
         before = engine.score(batch)
         for _ in range(self.number):

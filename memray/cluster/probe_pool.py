@@ -1,0 +1,92 @@
+"""The probe actors of a launch: how many, where, and for how long.
+
+They live for one round of trials. A launch that only waits for another one's leases gives their devices back, which
+the other may be waiting for.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError
+
+from memray.cluster.resources import Resources, concurrency, phases
+from memray.placement import num_probe_actors
+from memray.spec import TrialSpec
+
+# Seconds that actors have to find room on a cluster that others use too.
+START_S = 120.0
+
+
+class _ProbeActor:
+    """A probe actor that imports torch in its own process alone."""
+
+    def node_id(self) -> str:
+        return ray.get_runtime_context().get_node_id()
+
+    def look(self, *arguments: Any) -> Any:
+        from memray.cluster.probing import look
+
+        return look(*arguments)
+
+
+@contextlib.contextmanager
+def probe_pool(
+    trials: Sequence[TrialSpec], nodes: dict[str, Resources], number: int | None
+) -> Iterator[tuple[list[Any], list[Resources]]]:
+    """Actors that score snapshots, and what they leave of each node.
+
+    Args:
+        nodes: What each node has to give, by its id.
+        number: None means as many as the number of devices suggests, or none where the trials need them all.
+
+    Raises:
+        ValueError: If that many are asked for, and they do not fit, or the trials run on several kinds of device.
+    """
+    left = {node_id: dict(node) for node_id, node in nodes.items()}
+    kinds = sorted({(spec.compute.accelerator, spec.compute.threads) for spec in trials})
+    kind, threads = kinds[0]
+    asked: Resources = {"CPU": float(threads)} | ({} if kind == "cpu" else {"GPU": 1.0})
+    if number is None:
+        number = _fitting(trials, list(nodes.values()), asked) if len(kinds) == 1 else 0
+    elif number and len(kinds) > 1:
+        raise ValueError(
+            f"probe actors score on the kind of device that trains, but the trials run on several: {kinds}; set "
+            "--probe-actors 0, or split the study"
+        )
+    # Restarted when they die, and what they were at is done once more.
+    remote = ray.remote(num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), max_restarts=-1, max_task_retries=1)
+    actors: list[Any] = [remote(_ProbeActor).remote() for _ in range(number)]
+    try:
+        try:
+            node_ids = ray.get([actor.node_id.remote() for actor in actors], timeout=START_S)
+        except GetTimeoutError as error:
+            raise ValueError(
+                f"the probe actors must fit the cluster, but {number} of {asked} found no room in {START_S:g} s; lower "
+                "--probe-actors, or wait until the cluster is freer"
+            ) from error
+        for node_id in node_ids:
+            for name, amount in asked.items():
+                left[node_id][name] -= amount
+        yield actors, list(left.values())
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _fitting(trials: Sequence[TrialSpec], nodes: list[Resources], asked: Resources) -> int:
+    """How many actors the devices suggest, if every trial still fits beside them; else none."""
+    rarest = "GPU" if "GPU" in asked else "CPU"
+    number = num_probe_actors(sum(int(node.get(rarest, 0) / asked[rarest]) for node in nodes))
+    left = [dict(node) for node in nodes]
+    for _ in range(number):
+        freest = max(left, key=lambda node: node.get(rarest, 0))
+        for name, amount in asked.items():
+            freest[name] = freest.get(name, 0) - amount
+    try:
+        for group in phases(trials):
+            concurrency(group, left)
+    except ValueError:
+        return 0
+    return number
