@@ -4,6 +4,7 @@ Tune schedules a list of trials and nothing more. Its own snapshots are not used
 so a launch that was killed is simply launched again. A trial that another live launch holds is waited for.
 """
 
+import gc
 import logging
 import os
 import re
@@ -146,6 +147,7 @@ def launch(
                 ledger.with_claims(cluster_claims())
             deaths = _launch_on_cluster(remaining, ledger, watcher, max_concurrent, probe_actors)
         finally:
+            gc.collect()  # a handle that is dropped after the shutdown ends the process
             ray.shutdown()
     states = ledger.states(trial.trial_id() for trial in sweep.trials)
     failed = [trial_id for trial_id, state in states.items() if state != "finished"]
