@@ -189,7 +189,7 @@ def body_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 def vocabulary_size(head: nn.Module) -> int:
     """The number of logits that a head gives."""
-    return int(head.weight.shape[0])  # type: ignore[union-attr, arg-type]
+    return int(head.out_features)  # type: ignore[union-attr, arg-type]
 
 
 def fp32_logits(head: nn.Module, states: Float[Tensor, "targets hidden"]) -> Float[Tensor, "targets vocabulary"]:

@@ -13,7 +13,7 @@ os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
@@ -40,6 +40,7 @@ from memray.scoring import (
     fp32_logits,
     score_logits,
     target_states,
+    vocabulary_size,
 )
 from memray.spec import TrialSpec
 
@@ -67,14 +68,12 @@ class ScoredLoss(nn.Module):
         self.alphabet = alphabet
         self.columns: dict[int, LogitColumns] = {}
 
-    def forward(self, ids: Int[Tensor, "strings tokens"], is_target: Bool[Tensor, "strings tokens"]) -> Tensor:
-        body, _ = body_and_head(self.model)
-        batch = Batch(ids=ids, is_target=is_target, attention_mask=ids, num_leading=0)
-        states, target_ids = target_states(body(input_ids=ids).last_hidden_state, batch)
+    def forward(self, batch: Batch) -> Tensor:
+        body, head = body_and_head(self.model)
+        states, target_ids = target_states(body(input_ids=batch.ids).last_hidden_state, batch)
         self.columns = {}
-        size = vocabulary_size_of(self.model)
         losses = []
-        for part in chunks(len(target_ids), size):
+        for part in chunks(len(target_ids), vocabulary_size(head)):
             arguments = (part.start, states[part], target_ids[part])
             # Logits of many chunks are made again in the backward pass, so that one chunk is alive at a time.
             is_whole = part.start == 0 and part.stop == len(target_ids)
@@ -95,12 +94,6 @@ class ScoredLoss(nn.Module):
     def scores(self, batch: Batch) -> TokenScores:
         """The scores of the last forward pass."""
         return collect([self.columns[start] for start in sorted(self.columns)], batch)
-
-
-def vocabulary_size_of(model: nn.Module) -> int:
-    """The number of logits; ZeRO-3 leaves a weight without a shape until it is gathered."""
-    weight = body_and_head(model)[1].weight
-    return int(getattr(weight, "ds_shape", weight.shape)[0])  # type: ignore[arg-type]
 
 
 def deepspeed_config(spec: TrialSpec) -> dict[str, Any]:
@@ -193,8 +186,7 @@ class DeepSpeedEngine:
         return [batch] if num_strings < self.world else parts(batch, num_strings // self.world)
 
     def _forward(self, batch: Batch, weight: float = 1.0, *, backward: bool = False) -> TokenScores:
-        on_device = batch.to(self.device)
-        loss = self.engine(on_device.ids, on_device.is_target)
+        loss = self.engine(batch.to(self.device))
         scores = self.scored_loss.scores(batch)
         if backward:
             self.engine.backward(loss * weight, scale_wrt_gas=False)

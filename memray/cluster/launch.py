@@ -172,14 +172,11 @@ def check_shared(ledger: Ledger, mark: str) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     here = ray.get_runtime_context().get_node_id()
     read = ray.remote(num_cpus=0)(_mark)
-    others = {node["NodeManagerHostname"]: node["NodeID"] for node in nodes if node["NodeID"] != here}
-    asked = {
-        name: read.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(ledger)
-        for name, node_id in others.items()
-    }
-    read_there = {name: ray.get(reference) for name, reference in asked.items()}
+    others = [node for node in nodes if node["NodeID"] != here]
+    on_each = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in others]
+    found = ray.get([read.options(scheduling_strategy=strategy).remote(ledger) for strategy in on_each])
     marks = {mark, ledger.mark()}  # another launch may have written its own in between
-    if blind := [name for name, found in read_there.items() if found not in marks]:
+    if blind := {node["NodeManagerHostname"] for node, each in zip(others, found, strict=True) if each not in marks}:
         raise ValueError(
             f"every node must reach the storage, but {ledger.storage} is another folder, or none, on "
             f"{', '.join(sorted(blind))}; set --storage or MEMRAY_STORAGE to a shared folder or a URI"

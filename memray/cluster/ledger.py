@@ -774,8 +774,8 @@ class Writer:
             for name in (name for name in names if name.endswith("/")):
                 storage.delete_folder(f"{root}/{name}")
 
-    def adopt(self, checkpoint: KeptCheckpoint) -> None:
-        """Append what an earlier attempt had measured up to its checkpoint.
+    def adopt(self, checkpoint: KeptCheckpoint) -> tuple[pa.Table, pa.Table]:
+        """Append what an earlier attempt had measured up to its checkpoint; its per-token and per-string records.
 
         Raises:
             ValueError: If some of it is gone.
@@ -785,6 +785,7 @@ class Writer:
         self.append(lines, tokens, strings)
         for path in checkpoint.weights:
             self._keep_weights(path.rpartition("-")[2], self.folder._read(path))
+        return tokens, strings
 
     def finish(self, summary: Json) -> None:
         """Declare what was appended the trial's result.

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import transformers
 
-from memray.accelerators import accelerator
 from memray.cluster.ledger import KeptCheckpoint, Writer
+from memray.cluster.resources import is_on_cpu
 from memray.finetune import Engine
 from memray.measurement import MEASURE_VERSIONS, TRAINED, Measurement, string_table, token_table
 from memray.spec import TrialSpec
@@ -52,7 +52,7 @@ class Recorder:
         self.is_main = is_main
         self.gathered: list[Measurement] = []
         self.written_s = self.kept_s = self.began_s = time.monotonic()
-        self.on_cpu = accelerator(spec.compute.accelerator).device == "cpu"
+        self.on_cpu = is_on_cpu(spec)
         reset_peak_memory(self.on_cpu)
         self.scratch = tempfile.TemporaryDirectory(prefix="memray-checkpoint-")
 
@@ -107,9 +107,10 @@ class Recorder:
             return None
         check_resumable(self.spec, self.checkpoint)
         folder = self.writer.folder
-        _, tokens, strings = folder.before_checkpoint(self.checkpoint)
         if self.is_main:
-            self.writer.adopt(self.checkpoint)
+            tokens, strings = self.writer.adopt(self.checkpoint)
+        else:
+            _, tokens, strings = folder.before_checkpoint(self.checkpoint)
         files = Path(self.scratch.name) / "read"
         files.mkdir()
         folder.fetch_checkpoint(self.checkpoint, files)
@@ -160,7 +161,6 @@ def check_resumable(spec: TrialSpec, checkpoint: KeptCheckpoint) -> None:
 
 def provenance(spec: TrialSpec) -> dict[str, Any]:
     """What else the numbers depend on."""
-    is_cpu = accelerator(spec.compute.accelerator).device == "cpu"
     return {
         "probes_id": spec.probes.probes_id(),
         "probes": spec.probes.model_dump_json(),
@@ -168,7 +168,7 @@ def provenance(spec: TrialSpec) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "device": torch.backends.cpu.get_cpu_capability() if is_cpu else torch.cuda.get_device_name(),
+        "device": torch.backends.cpu.get_cpu_capability() if is_on_cpu(spec) else torch.cuda.get_device_name(),
     }
 
 

@@ -18,6 +18,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from memray.cluster.audit import audit
+from memray.cluster.launch import MAX_FAILURES
 from memray.cluster.ledger import Ledger
 from memray.cluster.tracking import results
 from memray.sweep import Sweep, load
@@ -215,6 +216,7 @@ def test_a_sweep_with_a_failing_trial_finishes_the_others_and_leaves_with_1(tmp_
     assert sorted(run.info.status for run in runs_of(study_folder, "trial")) == ["FAILED", "FINISHED"]
     (failed,) = [run for run in runs_of(study_folder, "trial") if run.info.status == "FAILED"]
     assert "Traceback" in failed.data.tags["memray.failure"]
+    assert len(list(study_folder.storage.glob("small/*/failed-*.json"))) == 1 + MAX_FAILURES
     assert "planned, but the ledger says failed" in study_folder.run("audit", "-p", "seeds=1", expect=1).stderr
 
 
