@@ -24,8 +24,10 @@ from memray.scoring import AlphabetIds, TokenScores, score
 from memray.spec import TrialSpec
 from memray.trial import Look, Looked, Material, Ready, forwards_of_epoch, prepare, set_device
 
-# Snapshots of one trial that exist at once. A trial that is looked at faster than it is scored waits.
-IN_FLIGHT = 2
+# Snapshots of one trial that exist at once: as many as fit into this, and two at least. Probe epochs come thick and
+# fast at the start, so that small models queue up there; a trial that is looked at faster than it is scored waits.
+IN_FLIGHT_GIB = 0.5
+IN_FLIGHT_AT_LEAST = 2
 
 
 def look(spec_json: str, epoch: int, weights: Mapping[str, ndarray]) -> tuple[Looked, float]:
@@ -110,7 +112,8 @@ class ActorProber:
         snapshot = engine.snapshot()
         if not engine.is_main:
             return Ready(Looked(None))
-        while len(self.in_flight) >= IN_FLIGHT:
+        gib = sum(weight.nbytes for weight in snapshot.values()) / 2**30
+        while len(self.in_flight) >= max(IN_FLIGHT_AT_LEAST, IN_FLIGHT_GIB // gib):
             _, self.in_flight = ray.wait(self.in_flight, num_returns=1)
         actor = self.actors[self.num_looks % len(self.actors)]
         self.num_looks += 1
