@@ -138,6 +138,7 @@ def launch(
     """
     mark = ledger.check_writable()
     remaining = pending(sweep, ledger)
+    ledger.drop_leftovers({trial.trial_id() for trial in sweep.trials} - {trial.trial_id() for trial in remaining})
     deaths: dict[str, str] = {}
     if remaining:
         connect(address)

@@ -314,6 +314,11 @@ class Ledger:
         with ThreadPoolExecutor(16) as pool:
             return dict(zip(names, pool.map(lambda name: self.trial(name).state(), names), strict=True))
 
+    def drop_leftovers(self, trial_ids: Iterable[str]) -> None:
+        """Remove the checkpoints of finished trials, which a kill between a trial's end and its tidying leaves."""
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda name: drop_checkpoints(self.trial(name)), trial_ids))
+
     def check_writable(self) -> str:
         """Write a small file, so that a storage that refuses is found before anything is scheduled.
 
@@ -642,6 +647,18 @@ def _sealed(finished: Finished) -> Json:
     return {**document, "sha256": _digest(_encode(document, "the summary of a trial"))}
 
 
+def drop_checkpoints(folder: TrialFolder, but: str = "") -> None:
+    """Remove a trial's checkpoints, or all but one."""
+    storage, kept = folder.ledger.storage, but.rpartition("/")[2]
+    root = folder._path("checkpoints")
+    with contextlib.suppress(OSError):  # a leftover costs room alone
+        names = [name for name in storage.list(root) if not kept or not name.startswith(kept)]
+        for name in (name for name in names if not name.endswith("/")):
+            storage.delete(f"{root}/{name}")  # first what commits it
+        for name in (name for name in names if name.endswith("/")):
+            storage.delete_folder(f"{root}/{name}")
+
+
 class Writer:
     """Writes what one attempt at a trial measures. Every write raises `Superseded` once a newer attempt exists.
 
@@ -762,17 +779,7 @@ class Writer:
         data = _encode(asdict(kept), "a checkpoint")
         self._check()
         self.folder._replace(f"{kept.name}.json", data)
-        self._drop_checkpoints(but=kept.name)
-
-    def _drop_checkpoints(self, but: str = "") -> None:
-        storage, kept = self.folder.ledger.storage, but.rpartition("/")[2]
-        root = self.folder._path("checkpoints")
-        with contextlib.suppress(OSError):  # a leftover costs room alone
-            names = [name for name in storage.list(root) if not kept or not name.startswith(kept)]
-            for name in (name for name in names if not name.endswith("/")):
-                storage.delete(f"{root}/{name}")  # first what commits it
-            for name in (name for name in names if name.endswith("/")):
-                storage.delete_folder(f"{root}/{name}")
+        drop_checkpoints(self.folder, but=kept.name)
 
     def adopt(self, checkpoint: KeptCheckpoint) -> tuple[pa.Table, pa.Table]:
         """Append what an earlier attempt had measured up to its checkpoint; its per-token and per-string records.
@@ -805,7 +812,7 @@ class Writer:
             summary=summary,
         )
         self._conclude("finished.json", _sealed(finished))
-        self._drop_checkpoints()
+        drop_checkpoints(self.folder)
 
     def fail(self, traceback: str) -> None:
         """Record that the attempt failed, and why. The trial may be claimed again.

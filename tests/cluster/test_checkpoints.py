@@ -1,13 +1,19 @@
 """Checkpoints in a trial's folder: whole or not there, and only for the trial and the workers that wrote them."""
 
+import contextlib
+import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from memray.cluster.ledger import Attempt, KeptCheckpoint, Ledger, Superseded, TrialFolder
-from memray.cluster.recorder import about_checkpoint, check_resumable
-from memray.spec import ComputeSpec, TrialSpec
+from memray.cluster.ledger import AlreadyFinished, Attempt, KeptCheckpoint, Ledger, Superseded, TrialFolder
+from memray.cluster.recorder import Recorder, about_checkpoint, check_resumable
+from memray.cluster.storage import PosixStorage
+from memray.spec import ComputeSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
+from memray.trial import ModelShelf, run_trial
 
 SPEC = '{"model":{"family":"pythia"}}'
 
@@ -150,3 +156,80 @@ def test_a_checkpoint_of_another_trial_or_number_of_workers_is_refused_with_a_se
         check_resumable(two, kept(about_checkpoint(two) | {"workers": 4}))
     with pytest.raises(ValueError, match=r"trial_id='[0-9a-f]{12}' instead of '[0-9a-f]{12}'"):
         check_resumable(two, kept(about_checkpoint(other)))
+
+
+class Killed(BaseException):
+    """Nothing that handles errors may handle this: a killed process handles nothing."""
+
+
+@dataclass
+class MortalStorage(PosixStorage):
+    """A folder whose writer is killed before its change number `last`, and changes nothing from then on."""
+
+    root: Path
+    last: float
+    num_changes: int = 0
+
+    def _live(self) -> None:
+        self.num_changes += 1
+        if self.num_changes >= self.last:
+            raise Killed
+
+    def write_new(self, *arguments: Any) -> None:
+        self._live()
+        super().write_new(*arguments)
+
+    def replace(self, *arguments: Any, **named: Any) -> None:
+        self._live()
+        super().replace(*arguments, **named)
+
+    def delete(self, path: str) -> None:
+        self._live()
+        super().delete(path)
+
+    def delete_folder(self, folder: str) -> None:
+        self._live()
+        super().delete_folder(folder)
+
+
+def test_a_kill_at_any_change_of_the_storage_loses_nothing(tmp_path: Path) -> None:
+    spec = TrialSpec(
+        strings=StringsSpec(length=8),
+        training=TrainingSpec(epochs=3, keep_weights="probe_epochs"),
+        probes=ProbesSpec(epochs=(1,), num_held_out=1),
+        compute=ComputeSpec(checkpoint_s=0),
+    )
+    shelf = ModelShelf()
+
+    def run(root: Path, last: float = math.inf) -> tuple[Ledger, int]:
+        ledger = Ledger(str(root), "sweep")
+        ledger.storage = storage = MortalStorage(root, last)
+        folder = ledger.trial(spec.trial_id())
+        with contextlib.suppress(Killed, AlreadyFinished), folder.claim(spec.canonical_json(), "launch") as attempt:
+            recorder = Recorder(spec, attempt, folder.checkpoint())
+            recorder.record(run_trial(spec, shelf=shelf, keeper=recorder))
+        return ledger, storage.num_changes
+
+    undisturbed, num_changes = run(tmp_path / "undisturbed")
+    expected = undisturbed.trial(spec.trial_id()).finished()
+    assert expected is not None
+    num_resumed = 0
+    for last in range(1, num_changes + 1):
+        root = tmp_path / f"{last}"
+        run(root, last)
+        ledger, _ = run(root)
+        ledger.drop_leftovers(ledger.trial_ids())
+        folder = ledger.trial(spec.trial_id())
+        found = folder.finished()
+        assert found is not None, f"killed at change {last}"
+        assert found.measurements_sha256 == expected.measurements_sha256, f"killed at change {last}"
+        assert folder.verify() == []
+        assert folder.tokens().equals(undisturbed.trial(spec.trial_id()).tokens())
+        kept = {name.rpartition("-")[2]: digest for name, digest in found.files.items() if name.startswith("weights/")}
+        assert len(kept) == 2
+        assert sorted(kept.values()) == sorted(
+            digest for name, digest in expected.files.items() if name.startswith("weights/")
+        )
+        assert ledger.storage.list(f"sweep/{spec.trial_id()}/checkpoints") == [], f"killed at change {last}"
+        num_resumed += "resumed_from_epoch" in found.summary
+    assert num_resumed > num_changes // 2
