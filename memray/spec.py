@@ -3,30 +3,22 @@
 A :class:`TrialSpec` says everything that is trained. What is merely looked at (:class:`ProbesSpec`) travels
 with it but has an identity of its own, so that a new probe on a finished sweep need not train anything again.
 
-The hash covers canonical JSON *without the fields that hold their default*, so that a field added later
-re-runs nothing; for the same reason defaults never change (a golden test holds some ids). Whatever the
-family table supplies (learning rate, BOS rule, epochs) is written into the spec when it is made: an id then
-says what was done, even if the table is corrected one day.
+Whatever the family table supplies (learning rate, BOS rule, epochs) is written into the spec when it is made:
+an id then says what was done, even if the table is corrected one day.
 
 This module knows nothing of torch, of transformers or of a cluster.
 """
 
-import hashlib
-import json
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from memray import families
-from memray.accelerators import accelerator
+from memray.compute import UNHASHED, ComputeSpec
+from memray.part import Part, Positive, Seed, canonical_json, digest, identity_of
+from memray.probes import ProbesSpec
 from memray.strings import ALPHABETS, VOCABULARY, IidSource, Source, max_alphabet_size
-
-Positive = Annotated[int, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-# The held-out strings and whatever the probe actors do are looked at here, and at the last epoch.
-PROBE_EPOCHS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300)
 
 # Measures of the trained strings alone. `recall/robust` is not among them: it needs the held-out strings, so
 # that what is looked at would decide what is trained.
@@ -35,21 +27,8 @@ STOP_METRICS = ("recall/token_accuracy", "recall/corrected_accuracy", "recall/me
 # What one optimiser reads of the recipe and the other does not.
 _READ_BY = {"adamw": ("beta1", "beta2", "eps"), "sgd": ("momentum",)}
 
-# Of fields that only place or watch work.
-_NOT_HASHED: dict[str, Any] = {"hashed": False}
-
 # MLflow takes no longer value of a param.
 _LONGEST_PARAM = 6000
-
-
-class Part(BaseModel):
-    """A frozen part of a spec; unknown fields are refused, so that a typing mistake is never a default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-    def canonical(self) -> "Part":
-        """The same thing in the one spelling that is hashed."""
-        return self
 
 
 class StringsSpec(Part):
@@ -201,99 +180,6 @@ class TrainingSpec(Part):
         return self
 
 
-class ComputeSpec(Part):
-    """The devices a trial runs on: part of its identity, because they decide the last bits of every number.
-
-    Engine, workers, stage and offload that a spec leaves open are chosen by `placement.py`.
-
-    Attributes:
-        engine: Who computes a training step: plain torch on one device, or DeepSpeed on many.
-        accelerator: A row of the accelerator table; "cpu" is the machine the trial runs on.
-        workers: Processes of the DeepSpeed engine, a device each. A step's strings are shared out among them; if
-            it has fewer strings than workers, each worker gets all of them, and memory alone is shared.
-        zero_stage: What ZeRO shards over the workers: 0 nothing, 1 the optimiser's state, 2 gradients too, 3 weights
-            too.
-        offload: What ZeRO keeps in the memory of the host: "optimiser" from stage 1, "parameters" (and the optimiser)
-            at stage 3.
-        threads: CPU threads, set in every process that computes; never read from the machine.
-        precision: None means fp32 on the CPU, bf16 with fp32 master weights elsewhere.
-        device_share: Share of one accelerator that a trial asks for. It places work, so it is not hashed.
-        checkpoint_s: Seconds of training between two checkpoints; 0 makes one before every epoch. Not hashed.
-        logs_communication: Whether DeepSpeed counts what its workers tell each other, which costs time. Not hashed.
-    """
-
-    engine: Literal["torch", "deepspeed"] = "torch"
-    accelerator: str = "cpu"
-    workers: Positive = 1
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    offload: Literal["none", "optimiser", "parameters"] = "none"
-    threads: Positive = 1
-    precision: Literal["fp32", "bf16"] | None = None
-    device_share: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, json_schema_extra=_NOT_HASHED)
-    checkpoint_s: Annotated[float, Field(ge=0)] = Field(default=600.0, json_schema_extra=_NOT_HASHED)
-    logs_communication: bool = Field(default=False, json_schema_extra=_NOT_HASHED)
-
-    @field_validator("accelerator")
-    @classmethod
-    def _in_table(cls, name: str) -> str:
-        return accelerator(name).name
-
-    @model_validator(mode="after")
-    def _resolved(self) -> "ComputeSpec":
-        if self.precision is None:
-            object.__setattr__(self, "precision", "fp32" if self.accelerator == "cpu" else "bf16")
-        return self
-
-    @model_validator(mode="after")
-    def _engine_reads_what_is_set(self) -> "ComputeSpec":
-        sharded = {"workers": self.workers, "zero_stage": self.zero_stage, "offload": self.offload}
-        idle = [name for name, value in sharded.items() if value != type(self).model_fields[name].default]
-        if self.engine == "torch" and idle:
-            raise ValueError(
-                f"engine 'torch' runs on one device and shards nothing, but got "
-                f"{', '.join(f'{name}={sharded[name]!r}' for name in idle)}; set compute.engine='deepspeed', or leave "
-                "them out"
-            )
-        if self.engine == "deepspeed" and self.device_share != 1:
-            raise ValueError(
-                f"a worker of engine 'deepspeed' takes a whole device, but got device_share={self.device_share}; "
-                "leave it out"
-            )
-        needed = {"none": 0, "optimiser": 1, "parameters": 3}[self.offload]
-        if self.zero_stage < needed:
-            raise ValueError(
-                f"offload={self.offload!r} needs at least zero_stage={needed}, but got zero_stage={self.zero_stage}; "
-                "raise the stage, or offload less"
-            )
-        return self
-
-
-class ProbesSpec(Part):
-    """What is looked at while a trial trains.
-
-    Attributes:
-        epochs: Probe epochs; the last epoch always is one.
-        num_held_out: Fresh strings of the same source that measure guessing.
-        compared_strings: The trial's aggregates are taken over its first this many strings (0: all), so that
-            cells with different numbers of strings are compared on the strings that they share.
-    """
-
-    epochs: tuple[Annotated[int, Field(ge=0)], ...] = PROBE_EPOCHS
-    num_held_out: Annotated[int, Field(ge=0)] = 10
-    compared_strings: Annotated[int, Field(ge=0)] = 0
-
-    @field_validator("epochs")
-    @classmethod
-    def _ascending(cls, epochs: tuple[int, ...]) -> tuple[int, ...]:
-        if list(epochs) != sorted(set(epochs)):
-            raise ValueError(f"probe epochs must ascend without repetition, but got {list(epochs)}")
-        return epochs
-
-    def probes_id(self) -> str:
-        """The identity of what is looked at: 12 hexadecimal digits."""
-        return _digest(_canonical(_identity(self)))
-
-
 class TrialSpec(Part):
     """One grid cell and replicate: everything that is trained, and the probes that look at it."""
 
@@ -400,20 +286,20 @@ class TrialSpec(Part):
 
     def canonical_json(self) -> str:
         """What the trial id hashes: the fields of what is trained that differ from their defaults."""
-        identity = _identity(self)
+        identity = identity_of(self)
         identity.pop("probes", None)
-        return _canonical(identity)
+        return canonical_json(identity)
 
     def trial_id(self) -> str:
         """The identity of what is trained: 12 hexadecimal digits of a SHA-256."""
-        return _digest(self.canonical_json())
+        return digest(self.canonical_json())
 
     def cell_id(self) -> str:
         """The identity of the cell: of the trial without its seeds, which are replicates."""
-        identity = _identity(self)
+        identity = identity_of(self)
         for seed in ("probes", "string_seed", "model_seed", "order_seed"):
             identity.pop(seed, None)
-        return _digest(_canonical(identity))
+        return digest(canonical_json(identity))
 
     def params(self) -> dict[str, str | int | float | bool]:
         """The flattened spec: the same keys for every trial, numbers bare, "none" where nothing applies.
@@ -450,34 +336,4 @@ def _shortened(value: Any) -> Any:
     """The value, or where it is too long for a param its beginning and a digest that tells it from others."""
     if not isinstance(value, str) or len(value) <= _LONGEST_PARAM:
         return value
-    return f"{value[: _LONGEST_PARAM - 16]} … {_digest(value)}"
-
-
-def _identity(part: Part) -> dict[str, Any]:
-    """The hashed fields that differ from their default, as plain JSON values."""
-    part = part.canonical()
-    identity: dict[str, Any] = {}
-    for name, field in type(part).model_fields.items():
-        extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("hashed") is False:
-            continue
-        value = getattr(part, name)
-        if isinstance(value, Part):
-            # An optional part that is set says something even when all its own fields hold their defaults.
-            if (inner := _identity(value)) or field.default is None:
-                identity[name] = inner
-        elif value != field.default:
-            identity[name] = value
-    return identity
-
-
-# The fields of the compute spec that only place or watch work.
-UNHASHED = tuple(name for name, field in ComputeSpec.model_fields.items() if field.json_schema_extra == _NOT_HASHED)
-
-
-def _canonical(identity: dict[str, Any]) -> str:
-    return json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def _digest(canonical: str) -> str:
-    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+    return f"{value[: _LONGEST_PARAM - 16]} … {digest(value)}"
