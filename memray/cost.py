@@ -148,6 +148,9 @@ def cost(spec: TrialSpec) -> Cost:
     # Every worker computes all strings of a step that has fewer of them than workers.
     trained_by_worker = num_steps * spec.strings_per_worker
     flops = workers * trained_by_worker * step_flops + scored * one_pass
+    pretraining = spec.model.in_context
+    in_context_flops = 3 * pretraining.steps * pretraining.strings_per_step * _forward_flops(model, pretraining.length)
+    flops += in_context_flops * workers
     peak = device.fp32_flops if spec.compute.precision == "fp32" else device.bf16_flops
     passes = math.ceil(scored / max(1, TOKENS_PER_SCORING_PASS // tokens) / workers)
     forwards = 3 * trained_by_worker / _strings_per_forward(spec) + passes
@@ -165,11 +168,19 @@ def _bytes_told(spec: TrialSpec, model: Shape) -> float:
     is as much. Stage 3 gathers weights as they are read: again in the backward pass, if they were released meanwhile.
     """
     workers, width = spec.compute.workers, 4 if spec.compute.precision == "fp32" else 2
-    trained = model.num_parameters if spec.model.lora is None else 0
+    trained = _num_trained(spec, model)
     gathered = trained
     if spec.compute.zero_stage == 3:
         gathered = model.num_parameters * (1 if model.num_parameters <= LIVE else 2)
     return width * (trained + gathered) * (workers - 1) / workers
+
+
+def _num_trained(spec: TrialSpec, model: Shape) -> int:
+    """Parameters that are trained; of adapters, whose number hardly counts, none."""
+    if spec.model.lora is not None:
+        return 0
+    block = (model.matrix_parameters - model.vocab_size * model.hidden_size) // model.num_layers
+    return model.num_parameters - len(spec.training.frozen_blocks) * block
 
 
 def _strings_per_forward(spec: TrialSpec) -> int:
@@ -185,7 +196,7 @@ def _forward_flops(model: Shape, tokens: int) -> float:
 def _peak_gib(spec: TrialSpec, model: Shape, device: Accelerator, tokens: int) -> float:
     on_cpu = device.device == "cpu"
     width = 4 if spec.compute.precision == "fp32" else 2
-    trained = model.num_parameters if spec.model.lora is None else 0
+    trained = _num_trained(spec, model)
     moments = {"adamw": 8, "sgd": 4 if spec.training.momentum else 0}[spec.training.optimiser]
     is_sharded = spec.compute.engine == "deepspeed"
     if is_sharded:

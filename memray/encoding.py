@@ -192,9 +192,14 @@ def _reads_as(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], text: st
     return tokenizer.decode(token_ids, clean_up_tokenization_spaces=False) == text
 
 
-def _random_ids(tokenizer: PreTrainedTokenizerBase, alphabet_size: int, seed: int) -> Int[ndarray, " alphabet"]:
+def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of all tokens that are neither special nor added, ascending."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    ordinary = sorted({*tokenizer.get_vocab().values()} - special)
+    return sorted({*tokenizer.get_vocab().values()} - special)
+
+
+def _random_ids(tokenizer: PreTrainedTokenizerBase, alphabet_size: int, seed: int) -> Int[ndarray, " alphabet"]:
+    ordinary = ordinary_ids(tokenizer)
     if not 2 <= alphabet_size <= len(ordinary):
         raise ValueError(
             f"2 <= alphabet_size <= {len(ordinary)} must hold for alphabet 'vocabulary' (the ordinary tokens of "

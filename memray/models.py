@@ -4,7 +4,7 @@ Weights are read from safetensors only, and no code from a repository is run. No
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -145,6 +145,21 @@ def check_context(model: PreTrainedModel, num_tokens: int) -> None:
             f"a string must fit into the {longest} positions of {model.config.name_or_path or 'the model'}, "
             f"but it takes {num_tokens} tokens; shorten the strings or take another model"
         )
+
+
+def freeze_blocks(model: PreTrainedModel, blocks: Sequence[int]) -> None:
+    """Trains all weights but those of the given blocks, counted from 0.
+
+    Raises:
+        ValueError: If the model has no such block.
+    """
+    number = model.config.num_hidden_layers
+    stacks = [each for each in model.modules() if isinstance(each, torch.nn.ModuleList) and len(each) == number]
+    if missing := [block for block in blocks if block >= number]:
+        raise ValueError(f"training.frozen_blocks must be among the {number} blocks of the model, but got {missing}")
+    model.requires_grad_(True)
+    for block in blocks:
+        stacks[0][block].requires_grad_(False)
 
 
 def _is_built_in(spec: ModelSpec) -> bool:

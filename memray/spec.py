@@ -85,6 +85,28 @@ class LoraSpec(Part):
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
 
 
+class InContextSpec(Part):
+    """Pre-training done here, before the trial, so that a model infers an alphabet and its frequencies in context.
+
+    Every string is fresh, over a random alphabet of ordinary tokens with random frequencies (Dirichlet), so that
+    nothing but inferring them in context lowers the loss. The rate is constant and every step has its own strings:
+    fewer steps are a beginning of more (open question 3 of arXiv 2407.19262).
+
+    Attributes:
+        steps: Optimiser steps; 0 is no such pre-training.
+        strings_per_step: Strings a step.
+        length: Symbols a string.
+        max_alphabet_size: Alphabets have from 2 to so many symbols, each size as likely.
+        learning_rate: Peak rate of AdamW.
+    """
+
+    steps: Annotated[int, Field(ge=0)] = 0
+    strings_per_step: Positive = 8
+    length: Annotated[int, Field(ge=2)] = 64
+    max_alphabet_size: Annotated[int, Field(ge=2)] = 26
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+
+
 class ModelSpec(Part):
     """Which model, and from which weights it starts.
 
@@ -99,6 +121,7 @@ class ModelSpec(Part):
             scored, without it all but the first.
         dropout: Set in every dropout field of the config.
         lora: Adapters; None is full fine-tuning.
+        in_context: Pre-training on fresh random strings, before the trial.
     """
 
     family: str = "pythia"
@@ -109,6 +132,7 @@ class ModelSpec(Part):
     bos: bool | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     lora: LoraSpec | None = None
+    in_context: InContextSpec = InContextSpec()
 
     @model_validator(mode="after")
     def _known(self) -> "ModelSpec":
@@ -126,6 +150,30 @@ class ModelSpec(Part):
             object.__setattr__(self, "revision", size.revision)
         if self.bos is None:
             object.__setattr__(self, "bos", families.family(self.family).bos)
+        return self
+
+    @model_validator(mode="after")
+    def _can_pretrain(self) -> "ModelSpec":
+        stated = self.in_context
+        if stated.steps == 0:
+            idle = [name for name in type(stated).model_fields if name != "steps" and name in stated.model_fields_set]
+            if idle:
+                raise ValueError(
+                    f"in_context.{', in_context.'.join(idle)} must be left out where in_context.steps is 0; set steps, "
+                    "or leave them out"
+                )
+            return self
+        if self.lora is not None:
+            raise ValueError(
+                "in_context pre-trains all weights and lora freezes them, so only one can be set, but both are; pre-"
+                "train once, save the model, and set model.path"
+            )
+        longest = families.size(self.family, self.size).max_positions
+        if self.path is None and stated.length > longest:
+            raise ValueError(
+                f"in_context.length must be at most the {longest} positions of {self.family} {self.size}, but got "
+                f"{stated.length}; shorten it"
+            )
         return self
 
 
@@ -148,6 +196,7 @@ class TrainingSpec(Part):
         clip_norm: Largest gradient norm; 0 switches clipping off.
         strings_per_forward: Gradient accumulation: strings a forward pass inside one optimiser step; 0 means
             all of the step.
+        frozen_blocks: Blocks (from 0) whose weights stay as they were.
         keep_weights: Which weights stay in the ledger.
     """
 
@@ -166,6 +215,7 @@ class TrainingSpec(Part):
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     gradient_checkpointing: bool = False
     stop_when: StopWhen | None = None
+    frozen_blocks: tuple[Annotated[int, Field(ge=0)], ...] = ()
     keep_weights: Literal["none", "final", "probe_epochs"] = "none"
 
     @model_validator(mode="after")
@@ -198,6 +248,7 @@ class TrialSpec(Part):
         self._check_length()
         self._check_vocabulary()
         self._check_steps()
+        self._check_frozen()
         if self.probes.compared_strings > self.strings.num_strings:
             raise ValueError(
                 f"probes.compared_strings must be at most strings.num_strings, but got {self.probes.compared_strings} "
@@ -262,6 +313,22 @@ class TrialSpec(Part):
                 f"a step, but got {forward}; take a divisor, or 0 for one forward pass a step"
             )
 
+    def _check_frozen(self) -> None:
+        frozen = self.training.frozen_blocks
+        if list(frozen) != sorted(set(frozen)):
+            raise ValueError(f"training.frozen_blocks must ascend without repetition, but got {list(frozen)}")
+        if frozen and self.model.lora is not None:
+            raise ValueError(
+                "lora freezes every block already, so training.frozen_blocks must be left out, but got "
+                f"{list(frozen)}; choose one of the two"
+            )
+        num_blocks = families.size(self.model.family, self.model.size).num_layers
+        if frozen and self.model.path is None and frozen[-1] >= num_blocks:
+            raise ValueError(
+                f"training.frozen_blocks must be among the blocks 0 to {num_blocks - 1} of {self.model.family} "
+                f"{self.model.size}, but got {list(frozen)}"
+            )
+
     @property
     def num_epochs(self) -> int:
         """Epochs at most; `stop_when` may end training earlier."""
@@ -314,6 +381,11 @@ class TrialSpec(Part):
                 flat.update({f"training.{name}": "none" for name in names})
         if self.compute.engine == "torch":
             flat["compute.zero_stage"] = "none"
+        if self.model.in_context.steps == 0:
+            flat.update(
+                {f"model.in_context.{name}": "none" for name in InContextSpec.model_fields if name != "steps"}
+            )
+        flat["training.frozen_blocks"] = flat["training.frozen_blocks"] or "none"
         for name, part in (("model.lora", LoraSpec), ("training.stop_when", StopWhen)):
             if flat.pop(name, "") == "none":
                 flat.update({f"{name}.{key}": "none" for key in part.model_fields})

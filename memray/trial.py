@@ -24,12 +24,14 @@ from memray.accelerators import accelerator
 from memray.encoding import Batch, Encoder, encode, make_encoder
 from memray.finetune import Engine, TorchEngine, finetune, parts, scoring_passes
 from memray.measurement import KnownString, Measurement, Measurer, read_scores
-from memray.models import check_context, load_model, load_tokenizer
+from memray.models import check_context, freeze_blocks, load_model, load_tokenizer
+from memray.pretraining import pretrain_in_context
 from memray.scoring import AlphabetIds, TokenScores
 from memray.spec import ModelSpec, StopWhen, TrialSpec
 from memray.strings import ALPHABETS, Stream, draw_strings
 
 Weights = Mapping[str, ndarray]
+CPU = torch.device("cpu")
 
 
 class ModelShelf:
@@ -48,14 +50,19 @@ class ModelShelf:
         self._model: PreTrainedModel | None = None
         self._base: dict[str, torch.Tensor] = {}
 
-    def model(self, spec: TrialSpec) -> PreTrainedModel:
-        """The model of a trial with its base weights, in fp32 on the CPU or wherever it was used before."""
-        is_seeded = not spec.model.pretrained or spec.model.lora is not None
+    def model(self, spec: TrialSpec, device: torch.device = CPU) -> PreTrainedModel:
+        """The model of a trial with its base weights, in fp32 on the CPU or wherever it was used before.
+
+        Args:
+            device: Where it is pre-trained, if the spec asks for that.
+        """
+        is_seeded = not spec.model.pretrained or spec.model.lora is not None or spec.model.in_context.steps > 0
         key = (spec.model, spec.model_seed if is_seeded else None, spec.training.gradient_checkpointing)
         if key != self._key or self._model is None:
             self._model = None  # two models of the largest size may not fit side by side
             weights = self._fetch(spec.model) if self._fetch and spec.model.pretrained else None
             self._model = load_model(spec.model, seed=spec.model_seed, weights=weights)
+            pretrain_in_context(self._model, spec.model, seed=spec.model_seed, device=device)
             if not self._keeps_model:
                 return self._model
             self._base = {name: weight.detach().cpu().clone() for name, weight in self._model.named_parameters()}
@@ -298,8 +305,10 @@ def run_trial(
     material = prepare(spec)
     symbol_ids = torch.as_tensor(material.symbol_ids)
     marginal = torch.as_tensor(np.array(spec.strings.source().marginal), dtype=torch.float32)
-    model = (shelf or ModelShelf()).model(spec)
+    model = (shelf or ModelShelf()).model(spec, device)
     check_context(model, material.trained.ids.shape[1])
+    if spec.model.lora is None:
+        freeze_blocks(model, spec.training.frozen_blocks)
     engine = make_engine(spec, model, AlphabetIds(symbol_ids, marginal), device)
     return measure_while_training(spec, material, engine, prober=prober, keeper=keeper)
 
