@@ -32,6 +32,7 @@ Storage = Annotated[
 TrackingUri = Annotated[
     str | None, typer.Option(help="MLflow; default MLFLOW_TRACKING_URI, else an SQLite file in the storage")
 ]
+Address = Annotated[str | None, typer.Option(help="A Ray cluster; default RAY_ADDRESS, else this machine")]
 MaxConcurrent = Annotated[int | None, typer.Option(min=1, help="Trials side by side at most")]
 ProbeActors = Annotated[
     int | None,
@@ -82,7 +83,8 @@ def _ledger(storage: str, sweep: Sweep) -> Any:
             f"inside a Ray job the storage must be absolute, but it is {storage!r}: the job's working directory is a "
             "cache that Ray deletes; set --storage or MEMRAY_STORAGE to a shared folder or a URI"
         )
-    return Ledger(str(Path(storage).absolute()) if "://" not in storage else storage, sweep.name)
+    where = str(Path(storage).absolute()) if "://" not in storage else storage
+    return Ledger(where, sweep.name, probes_ids=sweep.probes_ids())
 
 
 @app.command()
@@ -130,13 +132,41 @@ def trial(sweep: SweepFile, trial_id: str, parameters: Parameters = None) -> Non
 def run(
     sweep: SweepFile,
     parameters: Parameters = None,
-    address: Annotated[str | None, typer.Option(help="A Ray cluster; default RAY_ADDRESS, else this machine")] = None,
+    address: Address = None,
     storage: Storage = "runs",
     tracking_uri: TrackingUri = None,
     max_concurrent: MaxConcurrent = None,
     probe_actors: ProbeActors = None,
 ) -> None:
     """Runs what is not finished, shows how it goes, and prints the results and where to look."""
+    _run(sweep, parameters, address, storage, tracking_uri, max_concurrent, probe_actors, adds_probes=False)
+
+
+@app.command()
+def probe(
+    sweep: SweepFile,
+    parameters: Parameters = None,
+    address: Address = None,
+    storage: Storage = "runs",
+    tracking_uri: TrackingUri = None,
+    max_concurrent: MaxConcurrent = None,
+    probe_actors: ProbeActors = None,
+) -> None:
+    """Adds probes to finished trials, from the weights that they kept or by training them again, bit for bit."""
+    _run(sweep, parameters, address, storage, tracking_uri, max_concurrent, probe_actors, adds_probes=True)
+
+
+def _run(
+    sweep: str,
+    parameters: list[str] | None,
+    address: str | None,
+    storage: str,
+    tracking_uri: str | None,
+    max_concurrent: int | None,
+    probe_actors: int | None,
+    *,
+    adds_probes: bool,
+) -> NoReturn:
     loaded = _load(sweep, parameters)
     from memray.cluster.launch import launch
     from memray.cluster.mirror import default_tracking_uri
@@ -150,7 +180,13 @@ def run(
         mirror.start()
         with watcher(loaded, mirror) as watching:
             outcome = launch(
-                loaded, ledger, watching, address=address, max_concurrent=max_concurrent, probe_actors=probe_actors
+                loaded,
+                ledger,
+                watching,
+                address=address,
+                max_concurrent=max_concurrent,
+                probe_actors=probe_actors,
+                adds_probes=adds_probes,
             )
         lag = mirror.finish(failed=len(outcome.failed))
     _show_results(loaded, storage)

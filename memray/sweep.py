@@ -104,6 +104,10 @@ class Sweep:
             cells.setdefault(trial.cell_id(), []).append(trial)
         return {cell_id: tuple(trials) for cell_id, trials in cells.items()}
 
+    def probes_ids(self) -> dict[str, str]:
+        """The identity of what each trial is looked at through, by its id."""
+        return {trial.trial_id(): trial.probes.probes_id() for trial in self.trials}
+
     def trial(self, trial_id: str) -> TrialSpec:
         """The trial of that id (or of a prefix of it that no other trial has).
 

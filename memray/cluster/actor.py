@@ -44,11 +44,20 @@ def _run(spec: TrialSpec, attempt: Attempt, owner: Any, probe_actors: list[Any])
     def told(epoch: int) -> None:
         tune.report({"epoch": epoch})
 
-    checkpoint = attempt.folder.checkpoint()
+    folder = attempt.folder
+    trained = folder.ledger.as_trained(spec.trial_id()) if folder.is_added else None
+    if trained is not None:
+        from memray.cluster.recorder import Recorder
+        from memray.cluster.replay import from_kept_weights, is_kept
+
+        if is_kept(spec, trained):
+            Recorder(spec, attempt, told=told).record(from_kept_weights(spec, trained))
+            return
+    checkpoint = folder.checkpoint()
     if spec.compute.engine == "deepspeed":
         from memray.cluster.training import train
 
-        train(spec, attempt, checkpoint, owner=owner, probe_actors=probe_actors, told=told)
+        train(spec, attempt, checkpoint, trained=trained, owner=owner, probe_actors=probe_actors, told=told)
         return
     # Only here, for they take seconds to import, and an actor that waits for workers has no use for them.
     from memray.cluster.probing import ActorProber
@@ -56,7 +65,7 @@ def _run(spec: TrialSpec, attempt: Attempt, owner: Any, probe_actors: list[Any])
     from memray.trial import run_trial
 
     prober = ActorProber(spec.model_dump_json(), probe_actors) if probe_actors else None
-    recorder = Recorder(spec, attempt, checkpoint, told=told)
+    recorder = Recorder(spec, attempt, checkpoint, trained=trained, told=told)
     measurements = run_trial(spec, shelf=_shelf(owner), prober=prober, keeper=recorder)
     recorder.record(measurements, prober.summary if prober else dict)
 

@@ -14,7 +14,7 @@ from memray.cluster.tracking import cell_measurements, points
 from memray.measurement import remeasure
 from memray.spec import ProbesSpec, TrialSpec
 from memray.sweep import Sweep
-from memray.trial import known_strings
+from memray.trial import known_strings, source_of
 
 
 def audit(sweep: Sweep, ledger: Ledger, tracking_uri: str) -> list[str]:
@@ -125,6 +125,7 @@ def remeasured(trial: TrialSpec, folder: TrialFolder) -> list[dict[str, Any]]:
     spec = trial.model_copy(update={"probes": probes})
     tokens, strings = folder.tokens(), folder.strings()
     symbol_ids = np.array(strings["symbol_ids"][0].as_py())  # the same for every string of a trial
-    _, trained = known_strings(spec, symbol_ids, "trained")
-    _, held_out = known_strings(spec, symbol_ids, "held_out")
+    source = source_of(spec)
+    _, trained = known_strings(spec, source, symbol_ids, "trained")
+    _, held_out = known_strings(spec, source, symbol_ids, "held_out")
     return [each.record() for each in remeasure(spec, trained, held_out, tokens, strings)]

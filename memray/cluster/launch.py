@@ -91,28 +91,25 @@ def connect(address: str | None) -> None:
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
 
 
-def pending(sweep: Sweep, ledger: Ledger) -> list[TrialSpec]:
+def pending(sweep: Sweep, ledger: Ledger, *, adds_probes: bool = False) -> list[TrialSpec]:
     """The trials that are not finished, in order.
 
+    Args:
+        adds_probes: Whether trials that were finished under other probes than the sweep's are among them.
+
     Raises:
-        ValueError: If some were finished under other probes than the sweep's: what was looked at cannot be changed
-            afterwards without a word.
+        ValueError: If there are such trials, and they are not to be: to look at them again takes a while.
     """
     states = ledger.states(trial.trial_id() for trial in sweep.trials)
-    finished = [trial for trial in sweep.trials if states[trial.trial_id()] == "finished"]
-    other = [trial.trial_id() for trial in finished if _probes_of(ledger, trial) != trial.probes.probes_id()]
-    if other:
+    remaining = [trial for trial in sweep.trials if states[trial.trial_id()] != "finished"]
+    other = [trial.trial_id() for trial in remaining if ledger.trial(trial.trial_id()).is_added]
+    if other and not adds_probes:
         raise ValueError(
             f"a finished trial keeps the probes it was run with, but {len(other)} trials of {sweep.name} were run with "
-            f"others than the study asks for now ({', '.join(other[:5])}{', …' if len(other) > 5 else ''}); restore "
-            "the study's probes, or run it into another --storage"
+            f"others than the study asks for now ({', '.join(other[:5])}{', …' if len(other) > 5 else ''}); look at "
+            "them again with `probe`, or restore the study's probes"
         )
-    return [trial for trial in sweep.trials if states[trial.trial_id()] != "finished"]
-
-
-def _probes_of(ledger: Ledger, trial: TrialSpec) -> str | None:
-    finished = ledger.trial(trial.trial_id()).finished()
-    return finished.summary.get("probes_id") if finished else None
+    return remaining
 
 
 def launch(
@@ -123,10 +120,12 @@ def launch(
     address: str | None = None,
     max_concurrent: int | None = None,
     probe_actors: int | None = None,
+    adds_probes: bool = False,
 ) -> Outcome:
     """Runs what is not finished, and returns when every trial is finished or has failed.
 
     Args:
+        adds_probes: Whether trials that were finished under other probes are looked at again.
         max_concurrent: Trials side by side at most.
         probe_actors: Actors that score snapshots; with 0 each trial looks for itself. None leaves it to the size of
             the cluster.
@@ -137,7 +136,7 @@ def launch(
         StorageError: If the storage refuses to be written.
     """
     mark = ledger.check_writable()
-    remaining = pending(sweep, ledger)
+    remaining = pending(sweep, ledger, adds_probes=adds_probes)
     ledger.drop_leftovers({trial.trial_id() for trial in sweep.trials} - {trial.trial_id() for trial in remaining})
     deaths: dict[str, str] = {}
     if remaining:

@@ -3,13 +3,14 @@
     <storage>/<sweep>/<trial_id>/
         spec.json, created.json             written once; MLflow timestamps derive from `created_ms`
         leases/<attempt>.json               who holds the trial, renewed while it runs
-        tokens/<attempt>-<segment>.parquet, strings/<attempt>-<segment>.parquet
+        tokens/<attempt>-<segment>.parquet, and so strings/ and context/
         measurements/<attempt>-<segment>.jsonl    written last: it commits the segment
         weights/<attempt>-<epoch>.safetensors   where the spec keeps them
         checkpoints/<attempt>-<epoch>/...   an engine's files, until a newer checkpoint or the end
         checkpoints/<attempt>-<epoch>.json  written after them: it commits the checkpoint
         failed-<attempt>.json               the traceback of an attempt that failed
         finished.json                       written last of all: attempt, digests, summary
+        probed/<probes_id>/...              all of this again, as looked at later through other probes
         notes/<name>.json                   small facts beside the truth, such as an MLflow run id
 
 Exclusion may fail (a paused process, a wrong clock, a slow network file system), and the truth must
@@ -24,9 +25,7 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
-import socket
 import threading
 import time
 import uuid
@@ -34,16 +33,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy import ndarray
+from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from memray.cluster.lease import Lease
 from memray.cluster.storage import ClaimsAuthority, ObjectStorage, open_storage
 
 Json = dict[str, Any]
+# The kinds of records beside the measurements.
+TABLES = ("tokens", "strings", "context")
 State = Literal["planned", "running", "failed", "finished"]
 
 
@@ -176,85 +180,6 @@ def _checkpoint(attempt: int, epoch: int) -> str:
     return f"checkpoints/{attempt:04d}-{epoch:06d}"
 
 
-# --- Leases ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lease:
-    """Who holds a trial. Times are seconds since 1970 by the holder's clock; hosts agree to a few seconds.
-
-    `host` is for people; `machine` (boot and process namespace) says whether `pid` means anything here, and
-    `pid_started` (clock ticks since boot) that it is still the same process.
-    """
-
-    launch: str
-    attempt: int
-    host: str
-    machine: str | None
-    pid: int
-    pid_started: int | None
-    claimed_s: float
-    renewed_s: float
-    released_s: float | None = None
-
-    @classmethod
-    def of_this_process(cls, launch: str, attempt: int) -> "Lease":
-        """A lease that this process takes now."""
-        now, pid = time.time(), os.getpid()
-        stat = _process_stat(pid)
-        return cls(
-            launch=launch,
-            attempt=attempt,
-            host=socket.gethostname(),
-            machine=_this_machine(),
-            pid=pid,
-            pid_started=None if stat is None else stat[1],
-            claimed_s=now,
-            renewed_s=now,
-        )
-
-    def is_live(self, expiry_s: float) -> bool:
-        """Whether the holder may still be at work: not released, renewed lately, not known to be gone."""
-        if self.released_s is not None or time.time() - self.renewed_s > expiry_s:
-            return False
-        here = self.machine is not None and self.machine == _this_machine()
-        return not here or _is_running(self.pid, self.pid_started)
-
-
-def _this_machine() -> str | None:
-    """Names the boot and the process namespace, for containers share host names and count their own pids.
-
-    None where there is no /proc (macOS): there a dead holder's lease is waited out.
-    """
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return None
-
-
-def _process_stat(pid: int) -> tuple[str, int] | None:
-    """A process's state letter and its start in clock ticks since boot; None where they cannot be read."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # The second field is the command in brackets and may itself hold spaces and brackets.
-    fields = stat.rpartition(")")[2].split()
-    return fields[0], int(fields[19])
-
-
-def _is_running(pid: int, started: int | None) -> bool:
-    """Whether a process of this machine is there, is more than a zombie, and is the one that started then."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's process, which /proc may hide from us
-    stat = _process_stat(pid)
-    return stat is None or (stat[0] not in "ZX" and stat[1] == started)
-
-
 # --- The ledger -----------------------------------------------------------------------------------
 
 
@@ -267,6 +192,8 @@ class Ledger:
         claims: Who decides between writers on an object store; not asked on a file system.
         renewal_s: Seconds between renewals of a lease.
         expiry_s: Seconds without renewal after which a lease is dead; well above `renewal_s`.
+        probes_ids: The probes that are asked for, by trial. A trial that was finished under others has a result under
+            these in a folder inside its own.
 
     Raises:
         ValueError: If the storage cannot be opened, or the name is no file name.
@@ -280,6 +207,7 @@ class Ledger:
         *,
         renewal_s: float = 5.0,
         expiry_s: float = 30.0,
+        probes_ids: Mapping[str, str] = MappingProxyType({}),
     ):
         if not 0 < renewal_s < expiry_s:
             raise ValueError(
@@ -289,6 +217,7 @@ class Ledger:
         self.sweep = _file_name(sweep, "a sweep's name")
         self.renewal_s = renewal_s
         self.expiry_s = expiry_s
+        self.probes_ids = dict(probes_ids)
 
     @property
     def needs_claims(self) -> bool:
@@ -301,7 +230,15 @@ class Ledger:
         self.storage.claims = claims
 
     def trial(self, trial_id: str) -> "TrialFolder":
-        """The folder of a trial, whether it exists yet or not."""
+        """The folder of a trial under the probes that are asked for, whether it exists yet or not."""
+        own, wanted = self.as_trained(trial_id), self.probes_ids.get(trial_id)
+        finished = own.finished() if wanted else None
+        if finished is None or finished.summary.get("probes_id") == wanted:
+            return own
+        return TrialFolder(self, trial_id, probes_id=wanted)
+
+    def as_trained(self, trial_id: str) -> "TrialFolder":
+        """The folder of a trial under the probes that it was first run with."""
         return TrialFolder(self, trial_id)
 
     def trial_ids(self) -> list[str]:
@@ -351,12 +288,19 @@ def _file_name(name: str, what: str) -> str:
 class TrialFolder:
     """One trial's folder: reading it, and claiming it in order to write. Made by `Ledger.trial`."""
 
-    def __init__(self, ledger: Ledger, trial_id: str):
+    def __init__(self, ledger: Ledger, trial_id: str, probes_id: str | None = None):
         self.ledger = ledger
         self.trial_id = _file_name(trial_id, "a trial id")
+        self.probes_id = probes_id
+
+    @property
+    def is_added(self) -> bool:
+        """Whether the trial was finished under other probes, and this is the place of a later look at it."""
+        return self.probes_id is not None
 
     def _path(self, name: str) -> str:
-        return f"{self.ledger.sweep}/{self.trial_id}/{name}"
+        inside = f"probed/{self.probes_id}/" if self.probes_id else ""
+        return f"{self.ledger.sweep}/{self.trial_id}/{inside}{name}"
 
     def _exists(self, name: str) -> bool:
         return self.ledger.storage.exists(self._path(name))
@@ -469,19 +413,32 @@ class TrialFolder:
         """All per-string records in the order of appending; a table without columns if there are none."""
         return self._table("strings")
 
+    def context(self) -> pa.Table:
+        """All records of the context probe in the order of appending; a table without columns if there are none."""
+        return self._table("context")
+
     def _table(self, kind: str) -> pa.Table:
         end, finished = self._committed()
-        paths = _segments(kind, end)
-        if finished is None:
-            present = {f"{kind}/{name}" for name in self.ledger.storage.list(self._path(kind))}
-        else:
-            present = set(finished.files)
-        return self._read_tables([path for path in paths if path in present])
+        return self._read_tables(kind, end, None if finished is None else set(finished.files))
 
-    def _read_tables(self, paths: Sequence[str]) -> pa.Table:
+    def _read_tables(self, kind: str, end: Cursor, present: set[str] | None = None) -> pa.Table:
+        """The records of an attempt's segments up to a cursor, of which not all must have some."""
+        if present is None:
+            present = {f"{kind}/{name}" for name in self.ledger.storage.list(self._path(kind))}
+        paths = [path for path in _segments(kind, end) if path in present]
         tables = [pq.ParquetFile(pa.BufferReader(self._read(path))).read() for path in paths]
         # A later segment may have columns that an earlier one lacks.
         return pa.concat_tables(tables, promote_options="default") if tables else pa.table({})
+
+    def kept_weights(self) -> dict[int, str]:
+        """The epochs whose weights a finished trial keeps, with the file of each."""
+        finished = self.finished()
+        paths = [path for path in finished.files if path.startswith("weights/")] if finished else []
+        return {int(path.rpartition("-")[2].removesuffix(".safetensors")): path for path in paths}
+
+    def read_weights(self, path: str) -> dict[str, ndarray]:
+        """The weights in one of these files, by name."""
+        return load_safetensors(self._read(path))
 
     def checkpoint(self) -> KeptCheckpoint | None:
         """The newest whole checkpoint; None if there is none."""
@@ -490,8 +447,8 @@ class TrialFolder:
         document = newest and self._read_json(f"checkpoints/{newest}")
         return KeptCheckpoint(**document) if document else None
 
-    def before_checkpoint(self, checkpoint: KeptCheckpoint) -> tuple[list[Json], pa.Table, pa.Table]:
-        """The measurements of all epochs before a checkpoint, and their per-token and per-string records.
+    def before_checkpoint(self, checkpoint: KeptCheckpoint) -> tuple[list[Json], dict[str, pa.Table]]:
+        """The measurements of all epochs before a checkpoint, and their records by kind.
 
         Raises:
             ValueError: If some are gone.
@@ -500,13 +457,15 @@ class TrialFolder:
         cursor = Cursor(checkpoint.attempt, checkpoint.segments)
         try:
             lines = [self._read(path) for path in _segments("measurements", cursor)]
-            tables = {kind: self._read_tables(_segments(kind, cursor)) for kind in ("tokens", "strings")}
+            # Every segment has records of its strings; of the context probe only some have.
+            always = {kind: set(_segments(kind, cursor)) for kind in ("tokens", "strings")}
+            tables = {kind: self._read_tables(kind, cursor, always.get(kind)) for kind in TABLES}
         except FileNotFoundError as error:
             raise ValueError(
                 f"a checkpoint needs all measurements before it, but one is gone ({error}); delete "
                 f"{self._path('checkpoints')} to train from the start"
             ) from error
-        return [json.loads(line) for line in b"".join(lines).splitlines()], tables["tokens"], tables["strings"]
+        return [json.loads(line) for line in b"".join(lines).splitlines()], tables
 
     def fetch_checkpoint(self, checkpoint: KeptCheckpoint, into: Path) -> None:
         """Make the engine's files of a checkpoint readable in a local folder.
@@ -690,7 +649,11 @@ class Writer:
         )
 
     def append(
-        self, measurements: Sequence[Json], tokens: pa.Table | None = None, strings: pa.Table | None = None
+        self,
+        measurements: Sequence[Json],
+        tokens: pa.Table | None = None,
+        strings: pa.Table | None = None,
+        context: pa.Table | None = None,
     ) -> None:
         """Commit one segment: all of it becomes visible to readers at once, or nothing.
 
@@ -701,6 +664,7 @@ class Writer:
             measurements: JSON objects with finite numbers; a number that is missing is left out.
             tokens: Per-token records that belong to them.
             strings: Per-string records that belong to them.
+            context: Records of the context probe that belong to them.
 
         Raises:
             ValueError: If a measurement is no JSON, or holds nan or infinity.
@@ -708,7 +672,8 @@ class Writer:
             StorageError: If the storage cannot be written.
         """
         lines = [_encode(line, f"measurement {index}") + b"\n" for index, line in enumerate(measurements)]
-        tables = {kind: table for kind, table in (("tokens", tokens), ("strings", strings)) if table is not None}
+        given = dict(zip(TABLES, (tokens, strings, context), strict=True))
+        tables = {kind: table for kind, table in given.items() if table is not None}
         if not lines and not tables:
             return
         self._check()
@@ -781,18 +746,18 @@ class Writer:
         self.folder._replace(f"{kept.name}.json", data)
         drop_checkpoints(self.folder, but=kept.name)
 
-    def adopt(self, checkpoint: KeptCheckpoint) -> tuple[pa.Table, pa.Table]:
-        """Append what an earlier attempt had measured up to its checkpoint; its per-token and per-string records.
+    def adopt(self, checkpoint: KeptCheckpoint) -> dict[str, pa.Table]:
+        """Append what an earlier attempt had measured up to its checkpoint; its records by kind.
 
         Raises:
             ValueError: If some of it is gone.
             Superseded, StorageError: As `append` does.
         """
-        lines, tokens, strings = self.folder.before_checkpoint(checkpoint)
-        self.append(lines, tokens, strings)
+        lines, tables = self.folder.before_checkpoint(checkpoint)
+        self.append(lines, **{kind: table for kind, table in tables.items() if table.num_columns})
         for path in checkpoint.weights:
             self._keep_weights(path.rpartition("-")[2], self.folder._read(path))
-        return tokens, strings
+        return tables
 
     def finish(self, summary: Json) -> None:
         """Declare what was appended the trial's result.

@@ -20,7 +20,7 @@ from numpy import ndarray
 
 from memray.finetune import Engine, as_tensor, lower_weights, scoring_passes
 from memray.models import load_model
-from memray.scoring import AlphabetIds, TokenScores, score
+from memray.scoring import TokenScores, score
 from memray.spec import TrialSpec
 from memray.trial import Look, Looked, Material, Ready, forwards_of_epoch, prepare, set_device
 
@@ -35,7 +35,7 @@ def look(spec_json: str, epoch: int, weights: Mapping[str, ndarray]) -> tuple[Lo
 
     The strings and the model of the last trial are kept.
     """
-    return score_snapshot(_prepared(spec_json), epoch, weights), time.time()
+    return score_snapshot(prepared(spec_json), epoch, weights), time.time()
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Prepared:
 
 
 @functools.lru_cache(maxsize=1)
-def _prepared(spec_json: str) -> Prepared:
+def prepared(spec_json: str) -> Prepared:
+    """A trial's strings, and a model of its make to load snapshots into; the last one is kept."""
     spec = TrialSpec.model_validate_json(spec_json)
     device = set_device(spec)
     # The snapshot has all weights: none are read from disk.
@@ -60,18 +61,17 @@ def _prepared(spec_json: str) -> Prepared:
     return Prepared(spec, device, prepare(spec), model)
 
 
-def score_snapshot(prepared: Prepared, epoch: int, weights: Mapping[str, ndarray]) -> Looked:
+def score_snapshot(looker: Prepared, epoch: int, weights: Mapping[str, ndarray]) -> Looked:
     """Scores the held-out and the trained strings under a snapshot."""
-    spec, model, material = prepared.spec, prepared.model, prepared.material
+    spec, model, material = looker.spec, looker.model, looker.material
     dtypes = {name: weight.dtype for name, weight in model.state_dict().items()}
     model.load_state_dict({name: as_tensor(array, dtypes[name]) for name, array in weights.items()})
-    marginal = torch.as_tensor(np.array(spec.strings.source().marginal), dtype=torch.float32)
-    alphabet = AlphabetIds(torch.as_tensor(material.symbol_ids), marginal).to(prepared.device)
+    alphabet = material.alphabet.to(looker.device)
 
     def scores(batches: Sequence[Any]) -> TokenScores:
-        return TokenScores.concatenate([score(model, batch.to(prepared.device), alphabet) for batch in batches])
+        return TokenScores.concatenate([score(model, batch.to(looker.device), alphabet) for batch in batches])
 
-    with linear_of(spec, prepared.device):
+    with linear_of(spec, looker.device):
         held_out = None if material.held_out is None else scores(scoring_passes(material.held_out))
         return Looked(held_out, scores(forwards_of_epoch(spec, material.trained, epoch)))
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import transformers
 
-from memray.cluster.ledger import KeptCheckpoint, Writer
+from memray.cluster.ledger import KeptCheckpoint, TrialFolder, Writer
+from memray.cluster.replay import as_trained
 from memray.cluster.resources import is_on_cpu
 from memray.finetune import Engine
 from memray.measurement import MEASURE_VERSIONS, TRAINED, Measurement, string_table, token_table
@@ -32,6 +33,7 @@ class Recorder:
 
     Args:
         checkpoint: What to continue from.
+        trained: What an earlier run of the trial showed, which this one must repeat.
         told: Told the epoch after each segment.
         is_main: Whether measurements come through this process.
     """
@@ -42,12 +44,14 @@ class Recorder:
         writer: Writer,
         checkpoint: KeptCheckpoint | None = None,
         *,
+        trained: TrialFolder | None = None,
         told: Callable[[int], None] = lambda epoch: None,
         is_main: bool = True,
     ) -> None:
         self.spec = spec
         self.writer = writer
         self.checkpoint = checkpoint
+        self.trained = trained
         self.told = told
         self.is_main = is_main
         self.gathered: list[Measurement] = []
@@ -63,6 +67,8 @@ class Recorder:
             summary: What else is to be said of the trial at its end.
         """
         epoch, num_tokens, first_s, last_s = 0, 0, None, 0.0
+        if self.trained is not None and self.is_main:
+            measurements = as_trained(self.spec, measurements, self.trained)
         for measurement in measurements:
             self.gathered.append(measurement)
             epoch = measurement.epoch
@@ -108,13 +114,13 @@ class Recorder:
         check_resumable(self.spec, self.checkpoint)
         folder = self.writer.folder
         if self.is_main:
-            tokens, strings = self.writer.adopt(self.checkpoint)
+            tables = self.writer.adopt(self.checkpoint)
         else:
-            _, tokens, strings = folder.before_checkpoint(self.checkpoint)
+            _, tables = folder.before_checkpoint(self.checkpoint)
         files = Path(self.scratch.name) / "read"
         files.mkdir()
         folder.fetch_checkpoint(self.checkpoint, files)
-        return Checkpoint(self.checkpoint.epoch, files, tokens, strings)
+        return Checkpoint(self.checkpoint.epoch, files, tables["tokens"], tables["strings"])
 
     def is_due(self) -> bool:
         """Whether enough time has passed since the last one."""

@@ -359,6 +359,10 @@ def _tag(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _ledger_of(sweep: Sweep, storage: str | None) -> Ledger:
+    return Ledger(storage or os.environ.get("MEMRAY_STORAGE", "runs"), sweep.name, probes_ids=sweep.probes_ids())
+
+
 def results(sweep: Sweep, *, storage: str | None = None, tracking_uri: str | None = None) -> pd.DataFrame:
     """What a sweep has measured: one row a trial and epoch, params and metrics as columns.
 
@@ -368,7 +372,7 @@ def results(sweep: Sweep, *, storage: str | None = None, tracking_uri: str | Non
     """
     if tracking_uri is not None:
         return _results_from_mlflow(sweep, tracking_uri)
-    ledger = Ledger(storage or os.environ.get("MEMRAY_STORAGE", "runs"), sweep.name)
+    ledger = _ledger_of(sweep, storage)
     rows = []
     for trial in sweep.trials:
         folder = ledger.trial(trial.trial_id())
@@ -391,7 +395,7 @@ def costs(sweep: Sweep, *, storage: str | None = None) -> pd.DataFrame:
     Args:
         storage: Where the ledger is; `MEMRAY_STORAGE` or `./runs` if not given.
     """
-    ledger = Ledger(storage or os.environ.get("MEMRAY_STORAGE", "runs"), sweep.name)
+    ledger = _ledger_of(sweep, storage)
     rows = []
     for trial in sweep.trials:
         finished = ledger.trial(trial.trial_id()).finished()

@@ -17,7 +17,7 @@ import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from memray.cluster.ledger import START, Attempt, Cursor, KeptCheckpoint
+from memray.cluster.ledger import START, Attempt, Cursor, KeptCheckpoint, TrialFolder
 from memray.cluster.resources import is_on_cpu, of_worker
 from memray.spec import TrialSpec
 
@@ -30,6 +30,7 @@ def train(
     attempt: Attempt,
     checkpoint: KeptCheckpoint | None,
     *,
+    trained: TrialFolder | None = None,
     owner: Any,
     probe_actors: list[Any],
     told: Callable[[int], None],
@@ -37,6 +38,7 @@ def train(
     """Runs the trial to its end, or raises what its first worker to fail raised.
 
     Args:
+        trained: What an earlier run of it showed, to be repeated.
         owner: Of the base weights.
         told: Told now and then how far the trial has come.
     """
@@ -48,6 +50,7 @@ def train(
                 "spec": spec.model_dump_json(),
                 "writer": attempt.elsewhere(),
                 "checkpoint": checkpoint,
+                "trained": trained,
                 "owner": owner,
                 "probe_actors": probe_actors,
             },
@@ -122,7 +125,7 @@ def _work(config: dict[str, Any]) -> None:
         torch.cuda.set_device(get_device())
     shelf = ModelShelf(functools.partial(fetch, owner) if owner is not None else None, keeps_model=False)
     prober = ActorProber(config["spec"], actors) if actors else None
-    recorder = Recorder(spec, config["writer"], config["checkpoint"], is_main=rank == 0)
+    recorder = Recorder(spec, config["writer"], config["checkpoint"], trained=config["trained"], is_main=rank == 0)
     engines: list[DeepSpeedEngine] = []
 
     def make_engine(*arguments: Any) -> DeepSpeedEngine:
