@@ -256,12 +256,15 @@ def _mirror(sweep: Sweep, ledger: Any, uri: str, storage: str, *, trusts_notes: 
 def _show_results(sweep: Sweep, storage: str) -> None:
     from memray.cluster.tracking import costs, results
     from memray.report.placements import placement_table, varies_placement
+    from memray.report.rates import best_rates
     from memray.report.table import result_table
 
     frame = results(sweep, storage=storage)
     if len(frame):
         for renderable in result_table(sweep, frame):
             out.print(renderable)
+        for line in best_rates(sweep, frame):
+            out.print(line, markup=False, soft_wrap=True)
         if varies_placement(sweep):
             out.print(placement_table(sweep, costs(sweep, storage=storage)))
 
