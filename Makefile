@@ -25,8 +25,9 @@ lint: $(VENV)/.installed  ## ruff, pyright, import-linter
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# Files in order, for the slow ones come first and the fast ones fill up.
 test: $(VENV)/.installed  ## under ten minutes on two cores
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(VENV)/.installed  ## kills and outages, under forty minutes
 	$(BIN)/python -m pytest -q -m fault

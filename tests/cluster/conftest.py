@@ -17,10 +17,12 @@ from pathlib import Path
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 import memray
 from memray.cluster.ledger import Ledger
 from memray.cluster.storage import Claims
+from memray.sweep import Sweep, load
 
 from ..ports import free_port, is_listening
 
@@ -96,6 +98,27 @@ def make_study_folder(folder: Path, study: str = STUDY) -> StudyFolder:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "small.py").write_text(study)
     return StudyFolder(folder)
+
+
+def sweep_of(study_folder: StudyFolder, **parameters: object) -> Sweep:
+    return load(study_folder.folder / study_folder.study, **parameters)
+
+
+def client_of(study_folder: StudyFolder) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{study_folder.database}")
+
+
+def runs_of(study_folder: StudyFolder, kind: str) -> list:
+    client = client_of(study_folder)
+    experiment = client.get_experiment_by_name("small")
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id], f"tags.`memray.kind` = '{kind}'"))
+
+
+def attempts_of(study_folder: StudyFolder) -> dict[str, int]:
+    ledger = Ledger(str(study_folder.storage), "small")
+    found = {trial_id: ledger.trial(trial_id).finished() for trial_id in ledger.trial_ids()}
+    return {trial_id: each.attempt for trial_id, each in found.items() if each}
 
 
 @pytest.fixture
