@@ -13,6 +13,7 @@ from typing import Any
 
 from memray import families
 from memray.accelerators import Accelerator, accelerator
+from memray.probes import context_cost_tokens
 from memray.spec import ModelSpec, TrialSpec
 
 # A process with torch and transformers, before any model: 0.43 GiB was measured with torch's wheels for the CPU, the
@@ -148,6 +149,7 @@ def cost(spec: TrialSpec) -> Cost:
     # Every worker computes all strings of a step that has fewer of them than workers.
     trained_by_worker = num_steps * spec.strings_per_worker
     flops = workers * trained_by_worker * step_flops + scored * one_pass
+    flops += _context_flops(spec, model)
     pretraining = spec.model.in_context
     in_context_flops = 3 * pretraining.steps * pretraining.strings_per_step * _forward_flops(model, pretraining.length)
     flops += in_context_flops * workers
@@ -159,6 +161,17 @@ def cost(spec: TrialSpec) -> Cost:
     seconds += forwards * model.num_layers * LAUNCH_S[device.device]
     seconds += num_steps * _bytes_told(spec, model) / LINK_BYTES_PER_S[device.device]
     return Cost(flops, _peak_gib(spec, model, device, tokens), seconds, workers)
+
+
+def _context_flops(spec: TrialSpec, model: Shape) -> float:
+    """What the probes of the context compute; each of their tokens may attend to a whole string."""
+    stated, length = spec.probes.context, spec.strings.length
+    if stated is None:
+        return 0.0
+    num_looks = len({epoch for epoch in stated.epochs if epoch < spec.num_epochs}) + 1
+    num_strings = (stated.num_strings or spec.strings.num_strings) + stated.num_held_out
+    per_token = 2.0 * model.matrix_parameters + 4.0 * model.num_layers * model.hidden_size * length
+    return num_looks * num_strings * context_cost_tokens(stated, length, bos=bool(spec.model.bos)) * per_token
 
 
 def _bytes_told(spec: TrialSpec, model: Shape) -> float:

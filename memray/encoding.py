@@ -14,7 +14,7 @@ from numpy import ndarray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from memray.strings import VOCABULARY, alphabet_symbols
+from memray.strings import VOCABULARY, TextSource, alphabet_symbols
 
 # Texts to put before a symbol, so that it stands inside a run and not at the start of a word. Several, since
 # a tokenizer may merge one with the symbol, or drop it.
@@ -34,6 +34,29 @@ class Encoder:
     symbol_ids: Int[ndarray, " alphabet"]
     bos_id: int | None
     pad_id: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, symbol_ids: Int[ndarray, " alphabet"], *, bos: bool) -> "Encoder":
+        """The encoder of an alphabet whose tokens are known.
+
+        Args:
+            tokenizer: Of the model that will read the strings.
+            symbol_ids: Token id of each symbol.
+            bos: Whether each string starts with the tokenizer's BOS.
+
+        Raises:
+            ValueError: If a BOS is asked for that the tokenizer does not have.
+        """
+        if bos and tokenizer.bos_token_id is None:
+            raise ValueError(
+                f"with bos=true the tokenizer must have a BOS token, but {_name(tokenizer)} has none; "
+                "set model.bos to false"
+            )
+        bos_id = tokenizer.bos_token_id if bos else None
+        assert bos_id is None or isinstance(bos_id, int)
+        # Padding is never attended to: where a tokenizer has no token for it, any id does.
+        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        return cls(symbol_ids=symbol_ids, bos_id=bos_id, pad_id=next(pad for pad in pads if isinstance(pad, int)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,20 +119,25 @@ def make_encoder(
         ValueError: If a symbol is not exactly one ordinary token of its own (all such symbols are named), if
             the alphabet is unknown or too small, or if a BOS is asked for that the tokenizer does not have.
     """
-    if bos and tokenizer.bos_token_id is None:
-        raise ValueError(
-            f"with bos=true the tokenizer must have a BOS token, but {_name(tokenizer)} has none; "
-            "set model.bos to false"
-        )
     if alphabet == VOCABULARY:
         symbol_ids = _random_ids(tokenizer, alphabet_size, vocabulary_seed)
     else:
         symbol_ids = _ids_of_symbols(tokenizer, alphabet, alphabet_symbols(alphabet, alphabet_size))
-    bos_id = tokenizer.bos_token_id if bos else None
-    assert bos_id is None or isinstance(bos_id, int)
-    # Padding is never attended to: where a tokenizer has no token for it, any id does.
-    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return Encoder(symbol_ids=symbol_ids, bos_id=bos_id, pad_id=next(pad for pad in pads if isinstance(pad, int)))
+    return Encoder.of(tokenizer, symbol_ids, bos=bos)
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> TextSource:
+    """A text in the tokens of a model, without those that are special or unknown to it."""
+    # In one piece, so that no token is cut; `verbose` would warn that no model reads so much at once.
+    ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    kept = ids[~np.isin(ids, tokenizer.all_special_ids)]
+    symbol_ids, symbols = np.unique(kept, return_inverse=True)
+    return TextSource(
+        symbols=symbols,
+        symbol_ids=symbol_ids,
+        names=tuple(tokenizer.convert_ids_to_tokens(symbol_ids.tolist())),
+        num_left_out=len(ids) - len(kept),
+    )
 
 
 def encode(strings: Sequence[Int[ndarray, " _"]], encoder: Encoder) -> Batch:

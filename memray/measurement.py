@@ -7,6 +7,7 @@ numbers to the last bit. It knows no model.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,12 @@ import pyarrow as pa
 from jaxtyping import Int
 from numpy import ndarray
 
+from memray.measures.extraction import compare_with_heldout, measure_extraction
+from memray.measures.order import OrderHistory, StringOrder, measure_order
 from memray.measures.phases import centre, string_phases
+from memray.measures.prefix import ContextScores, context_metrics
 from memray.measures.recall import Truth, heldout_floor, measure_string, robust
+from memray.probes import ContextSpec
 from memray.scoring import TokenScores
 from memray.spec import TrialSpec
 from memray.strings import Source, empirical_entropy_bits, zlib_bits_per_symbol
@@ -23,7 +28,10 @@ from memray.strings import Source, empirical_entropy_bits, zlib_bits_per_symbol
 TRAINED, HELD_OUT = "trained", "held_out"
 
 # Set when a definition changes, and written with every result: numbers under different versions are not compared.
-MEASURE_VERSIONS = {"recall": 1, "phases": 1}
+MEASURE_VERSIONS = {"recall": 1, "phases": 1, "order": 1, "extraction": 1}
+
+# What tells the permutations of the order from other random numbers of the same seeds.
+_ORDER_STREAM = 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Measurement:
         metrics: The trial's values by key; what is undefined, or censored, is absent.
         strings: One row a string, trained or held out: its measures, and its mean prediction.
         tokens: The scores behind them, by role.
+        context: What the context probe showed, by role.
         weights: The model's weights at this epoch, where the spec keeps them.
         scored_s: When the trained strings were scored, by a clock of the process that trained them.
     """
@@ -45,6 +54,7 @@ class Measurement:
     metrics: dict[str, float]
     strings: tuple[dict[str, Any], ...] = field(default=(), repr=False)
     tokens: Mapping[str, TokenScores] = field(default_factory=dict, repr=False)
+    context: Mapping[str, ContextScores] = field(default_factory=dict, repr=False)
     weights: Mapping[str, ndarray] | None = field(default=None, repr=False)
     scored_s: float = field(default=0.0, repr=False, compare=False)
 
@@ -80,6 +90,7 @@ class KnownString:
         )
         facts = {
             "string/nominal_entropy_bits": float(source.nominal_entropy_bits),
+            "string/entropy_rate_bits": source.entropy_rate_bits(len(string)),
             "string/empirical_entropy_bits": empirical_entropy_bits(string),
             "string/zlib_bits": zlib_bits_per_symbol(string, alphabet_size=source.alphabet_size),
             "string/guesser_accuracy": truth.guesser.accuracy,
@@ -98,7 +109,9 @@ class Measurer:
         self.num_compared = spec.probes.compared_strings or len(trained)
         self.epochs: list[int] = []
         self.histories: list[dict[str, list[float]]] = [{} for _ in trained]
+        self.orders = [OrderHistory.of(known.truth) for known in trained]
         self.heldout_uncorrected: list[float] = []
+        self.least_heldout_nll = math.nan
 
     def measure(
         self,
@@ -106,10 +119,11 @@ class Measurer:
         trained: TokenScores,
         held_out: TokenScores | None = None,
         *,
+        context: Mapping[str, ContextScores] = MappingProxyType({}),
         is_last: bool = False,
         weights: Mapping[str, ndarray] | None = None,
     ) -> Measurement:
-        """The measurement of one epoch; the last one carries the phases, which need all of them."""
+        """The measurement of one epoch; the last one carries the phases and the order, which need all of them."""
         metrics: dict[str, float] = {}
         tokens = {TRAINED: trained}
         strings: list[dict[str, Any]] = []
@@ -119,11 +133,13 @@ class Measurer:
             metrics |= self._heldout_metrics(strings)
         floor = heldout_floor(np.array(self.heldout_uncorrected))
         rows = self._measure_role(TRAINED, epoch, trained)
+        self._compare_with_heldout(rows, strings)
         for row, history in zip(rows, self.histories, strict=True):
             row["recall/robust"] = robust(row["recall/uncorrected"], floor)
             for key, value in row.items():
                 if "/" in key:
                     history.setdefault(key, []).append(value)
+        self._follow_order(epoch, trained, rows)
         self.epochs.append(epoch)
         compared = rows[: self.num_compared]
         averaged = [key for key in compared[0] if "/" in key and (epoch == 0 or not key.startswith("string/"))]
@@ -133,8 +149,16 @@ class Measurer:
             for row, values in zip(rows, phases, strict=True):
                 row.update(values)
             metrics |= _over_strings(phases[: self.num_compared])
+            orders = self._orders()
+            for row, order in zip(rows, orders, strict=True):
+                row.update(measure_order([order]))
+            metrics |= measure_order(orders[: self.num_compared])
+        if context:
+            metrics |= self._context_metrics(context)
+            for role, own in ((TRAINED, rows), (HELD_OUT, strings)):
+                self._add_extractable(own, context.get(role))
         defined = {key: value for key, value in metrics.items() if math.isfinite(value)}
-        return Measurement(self.trial_id, 0, epoch, defined, tuple(rows + strings), tokens, weights)
+        return Measurement(self.trial_id, 0, epoch, defined, tuple(rows + strings), tokens, context, weights)
 
     def trained_metric(self, key: str, scores: TokenScores) -> float:
         """One measure of the trained strings alone, averaged as the trial's metric is."""
@@ -146,7 +170,7 @@ class Measurer:
         for index, string in enumerate(self.known[role]):
             own = scores.of(index)
             named = {"epoch": epoch, "role": role, "string": index, "text": string.text}
-            measures = measure_string(own, string.truth)
+            measures = measure_string(own, string.truth) | measure_extraction(own, string.truth)
             alphabet = {"symbol_ids": string.symbol_ids.tolist(), "mean_q": own.mean_q[0].tolist()}
             rows.append(named | alphabet | string.facts | measures)
         return rows
@@ -154,19 +178,68 @@ class Measurer:
     def _heldout_metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         uncorrected = _mean(row["recall/uncorrected"] for row in rows)
         self.heldout_uncorrected.append(uncorrected)
+        nll_nats = _mean(row["recall/nll_nats"] for row in rows)
+        self.least_heldout_nll = float(np.fmin(self.least_heldout_nll, nll_nats))
         return {
             "guessing/heldout_accuracy": _mean(row["recall/token_accuracy"] for row in rows),
-            "guessing/heldout_nll_nats": _mean(row["recall/nll_nats"] for row in rows),
+            "guessing/heldout_nll_nats": nll_nats,
             "guessing/heldout_kl_bits": _mean(row["guessing/kl_position_bits"] for row in rows),
             "guessing/heldout_uncorrected": uncorrected,
         }
+
+    def _context_metrics(self, context: Mapping[str, ContextScores]) -> dict[str, float]:
+        stated = self.spec.probes.context
+        assert stated is not None
+        guesses = {
+            role: [known.truth.guesser.log2_probability for known in self.known[role][: scores.num_strings]]
+            for role, scores in context.items()
+        }
+        return context_metrics(
+            context[TRAINED],
+            context.get(HELD_OUT),
+            spec=stated,
+            length=self.spec.strings.length,
+            log2_guesses=guesses[TRAINED],
+            heldout_log2_guesses=guesses.get(HELD_OUT, []),
+        )
+
+    def _add_extractable(self, rows: Sequence[dict[str, Any]], context: ContextScores | None) -> None:
+        if context is not None and self.spec.probes.context is not None:
+            for row, shares in zip(rows, context.extractable, strict=False):  # not all strings need be probed
+                row |= {
+                    f"extractable/{k}": float(share)
+                    for k, share in zip(self.spec.probes.context.extractable, shares, strict=True)
+                }
+
+    def _compare_with_heldout(self, rows: Sequence[dict[str, Any]], heldout: Sequence[Mapping[str, Any]]) -> None:
+        compared = compare_with_heldout(
+            np.array([row["recall/nll_nats"] for row in rows]),
+            np.array([row["recall/nll_nats"] for row in heldout]),
+            least_heldout=self.least_heldout_nll,
+        )
+        for index, row in enumerate(rows):
+            row.update({key: float(values[index]) for key, values in compared.items()})
+
+    def _follow_order(self, epoch: int, scores: TokenScores, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.orders = [
+            order.after(epoch, scores.of(index), known.truth, corrected_accuracy=row["recall/corrected_accuracy"])
+            for index, (order, known, row) in enumerate(zip(self.orders, self.known[TRAINED], rows, strict=True))
+        ]
+
+    def _orders(self) -> list[StringOrder]:
+        """The permutations come from the trial's seeds, so that the same records give the same p-values."""
+        seeds = [_ORDER_STREAM, self.spec.string_seed, self.spec.model_seed, self.spec.order_seed]
+        return [
+            StringOrder.of(history, known.truth, rng=np.random.default_rng([*seeds, index]))
+            for index, (history, known) in enumerate(zip(self.orders, self.known[TRAINED], strict=True))
+        ]
 
     def _phases(self) -> list[dict[str, float]]:
         return [
             string_phases(
                 {key: np.array(values) for key, values in history.items()},
                 np.array(self.epochs),
-                entropy_bits=self.spec.strings.source().nominal_entropy_bits,
+                entropy_bits=known.facts["string/nominal_entropy_bits"],
                 num_targets=len(known.truth.targets),
                 steps_per_epoch=float(self.spec.steps_per_epoch),
             )
@@ -201,6 +274,42 @@ def token_table(measurements: Sequence[Measurement]) -> pa.Table:
     return pa.table(columns)
 
 
+def context_table(measurements: Sequence[Measurement]) -> pa.Table | None:
+    """What the context probe showed at some epochs, one row a target, condition and redraw; None if it never looked."""
+    parts = [(each.epoch, role, scores) for each in measurements for role, scores in each.context.items()]
+    if not parts:
+        return None
+    counts = [len(scores.string) for _, _, scores in parts]
+    columns: dict[str, Any] = {
+        "epoch": np.repeat(np.array([epoch for epoch, _, _ in parts], dtype=np.int32), counts),
+        "is_held_out": np.repeat(np.array([role == HELD_OUT for _, role, _ in parts]), counts),
+    }
+    for name in ContextScores.COLUMNS:
+        columns[name] = np.concatenate([getattr(scores, name) for _, _, scores in parts])
+    return pa.table(columns)
+
+
+def read_context(context: pa.Table, strings: pa.Table, spec: ContextSpec) -> dict[int, dict[str, ContextScores]]:
+    """The inverse: by epoch and role. What is extractable stands with the strings."""
+    columns = {name: context[name].to_numpy() for name in context.column_names}
+    rows = strings.select(["epoch", "role", "string", *(f"extractable/{k}" for k in spec.extractable)]).to_pylist()
+    read: dict[int, dict[str, ContextScores]] = {}
+    for epoch in np.unique(columns["epoch"]):
+        for role in (TRAINED, HELD_OUT):
+            chosen = (columns["epoch"] == epoch) & (columns["is_held_out"] == (role == HELD_OUT))
+            if not chosen.any():
+                continue
+            picked = {name: columns[name][chosen] for name in ContextScores.COLUMNS}
+            own = [row for row in rows if row["epoch"] == epoch and row["role"] == role]
+            shares = [
+                [math.nan if (share := row[f"extractable/{k}"]) is None else share for k in spec.extractable]
+                for row in own[: picked["string"].max() + 1]
+            ]
+            extractable = np.array(shares, dtype=np.float64).reshape(len(shares), len(spec.extractable))
+            read.setdefault(int(epoch), {})[role] = ContextScores(**picked, extractable=extractable)
+    return read
+
+
 def string_table(measurements: Sequence[Measurement]) -> pa.Table:
     """The measures of each string at some epochs, one row a string and epoch; undefined values are null."""
     rows = [row for each in measurements for row in each.strings]
@@ -231,12 +340,20 @@ def read_scores(tokens: pa.Table, strings: pa.Table) -> list[tuple[int, TokenSco
     return read
 
 
-def remeasure(spec: TrialSpec, trained: Sequence[KnownString], held_out: Sequence[KnownString], tokens: pa.Table,
-              strings: pa.Table) -> list[Measurement]:  # fmt: skip
+def remeasure(
+    spec: TrialSpec,
+    trained: Sequence[KnownString],
+    held_out: Sequence[KnownString],
+    tokens: pa.Table,
+    strings: pa.Table,
+    context: pa.Table | None = None,
+) -> list[Measurement]:
     """Every measure of a trial, computed again from its records."""
     measurer = Measurer(spec, trained, held_out)
     read = read_scores(tokens, strings)
+    stated = spec.probes.context
+    by_epoch = read_context(context, strings, stated) if stated and context is not None and context.num_rows else {}
     return [
-        measurer.measure(epoch, scores, heldout, is_last=index == len(read) - 1)
+        measurer.measure(epoch, scores, heldout, context=by_epoch.get(epoch, {}), is_last=index == len(read) - 1)
         for index, (epoch, scores, heldout) in enumerate(read)
     ]

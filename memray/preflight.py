@@ -1,4 +1,4 @@
-"""What can be wrong with a sweep that its specs alone do not tell: memory, and symbols that are no tokens.
+"""What can be wrong with a sweep that its specs alone do not tell: memory, files, and symbols that are no tokens.
 
 Everything is looked for before anything is scheduled, and nothing is asked of a network except to download.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 from memray.cost import check_fits
 from memray.spec import ModelSpec, TrialSpec
+from memray.strings import TextSource
 from memray.sweep import Sweep, SweepError
 
 
@@ -17,7 +18,7 @@ def check(sweep: Sweep) -> list[str]:
     """Refuses a sweep with trials that cannot run.
 
     Returns:
-        What could not be checked, because a model is not downloaded yet.
+        What could not be checked, because a model is not downloaded yet, and what is left out of a text.
 
     Raises:
         SweepError: Lists every trial that cannot run, and why.
@@ -27,6 +28,8 @@ def check(sweep: Sweep) -> list[str]:
     for trial in sweep.trials:
         model = trial.model.model_copy(update={"pretrained": False, "lora": None, "dropout": 0.0})
         key = (model, trial.strings.alphabet, trial.strings.alphabet_size)
+        if trial.strings.kind == "text":
+            key = (model, trial.strings, trial.probes.num_held_out)
         try:
             check_fits(trial)
             _check_files(trial)
@@ -43,7 +46,9 @@ def check(sweep: Sweep) -> list[str]:
 
 
 def _check_files(trial: TrialSpec) -> None:
-    """What the family table cannot tell of a directory, and what an option needs."""
+    """What the family table cannot tell of a directory, what an option needs, and whether a text is still the same."""
+    if trial.strings.kind == "text":
+        trial.strings.text()
     if trial.model.lora is not None and importlib.util.find_spec("peft") is None:
         raise ValueError("model.lora needs the package peft, which is not installed; pip install 'memray[lora]'")
     if trial.model.path is None:
@@ -63,7 +68,7 @@ def _check_files(trial: TrialSpec) -> None:
 
 
 def _encoding_problem(trial: TrialSpec, model: ModelSpec, notes: list[str]) -> str | None:
-    if model.path is None and model.size == "tiny":
+    if model.path is None and model.size == "tiny" and trial.strings.kind != "text":
         return None  # its tokenizer has every built-in symbol
     # Only here, because transformers takes seconds to import.
     from memray.models import is_at_hand
@@ -76,9 +81,14 @@ def _encoding_problem(trial: TrialSpec, model: ModelSpec, notes: list[str]) -> s
         )
         return None
     try:
-        prepare(trial)
+        source = prepare(trial).source
     except ValueError as error:
         return str(error)
+    if isinstance(source, TextSource) and source.num_left_out:
+        notes.append(
+            f"{source.num_left_out} of the {source.num_left_out + len(source.symbols)} tokens of {trial.strings.path} "
+            f"are special or unknown to {model.family} {model.size} and are left out"
+        )
     return None
 
 

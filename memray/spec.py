@@ -10,15 +10,25 @@ This module knows nothing of torch, of transformers or of a cluster.
 """
 
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from memray import families
 from memray.compute import UNHASHED, ComputeSpec
-from memray.part import Part, Positive, Seed, canonical_json, digest, identity_of
+from memray.part import NOT_HASHED, Part, Positive, Seed, canonical_json, digest, identity_of
 from memray.probes import ProbesSpec
-from memray.strings import ALPHABETS, VOCABULARY, IidSource, Source, max_alphabet_size
+from memray.strings import (
+    ALPHABETS,
+    VOCABULARY,
+    IidSource,
+    MarkovSource,
+    MotifSource,
+    Source,
+    max_alphabet_size,
+    read_text,
+)
 
 # Measures of the trained strings alone. `recall/robust` is not among them: it needs the held-out strings, so
 # that what is looked at would decide what is trained.
@@ -27,53 +37,178 @@ STOP_METRICS = ("recall/token_accuracy", "recall/corrected_accuracy", "recall/me
 # What one optimiser reads of the recipe and the other does not.
 _READ_BY = {"adamw": ("beta1", "beta2", "eps"), "sgd": ("momentum",)}
 
+# Which sources read a field of the strings that not all of them do.
+_RANDOM = ("iid", "markov", "repeated", "hierarchical")
+_READ_BY_KINDS = dict.fromkeys(("alphabet", "alphabet_size", "entropy_bits", "skew"), _RANDOM) | {
+    "order": ("markov",),
+    "conditional_entropy_bits": ("markov",),
+    "motif_length": ("repeated", "hierarchical"),
+    "depth": ("hierarchical",),
+    "branching": ("hierarchical",),
+    "path": ("text",),
+    "sha256": ("text",),
+}
+
 # MLflow takes no longer value of a param.
 _LONGEST_PARAM = 6000
 
 
 class StringsSpec(Part):
-    """Random strings: how many, how long, over which alphabet, from which source (protocol, section 1).
+    """Strings: how many, how long, over which alphabet, from which source (protocol, section 1).
 
     Attributes:
-        kind: The source.
-        alphabet: A built-in alphabet, or "vocabulary" for random ordinary token ids.
+        kind: The source: independent symbols, symbols that depend on those before them, a motif over and over, motifs
+            of motifs, or passages of a text. A field that it does not read must keep the default.
+        alphabet: A built-in alphabet, or "vocabulary" for random ordinary token ids. A text has its own.
         alphabet_size: Number of symbols, at least 2; the first ones of the alphabet.
         entropy_bits: Target entropy of one symbol; None means uniform, log2(alphabet_size) whatever the alphabet.
         skew: How a source below the uniform entropy is skewed.
         length: Symbols a string.
         num_strings: Strings trained on together.
+        order: Markov: how many symbols before it a symbol depends on.
+        conditional_entropy_bits: Markov: target entropy of one symbol given those before it; None means that it does
+            not depend on them.
+        motif_length: Repeated, hierarchical: fresh symbols of a motif of the lowest level.
+        depth: Hierarchical: levels of motifs above it.
+        branching: Hierarchical: parts of each motif of a higher level.
+        path: Text: the file, read as UTF-8. The hash covers its content and not its place.
+        sha256: Text: the content, as 64 hexadecimal digits. Filled in when the spec is made; where the file differs
+            from it by the time that the trial runs, the trial is refused.
     """
 
-    kind: Literal["iid"] = "iid"
+    kind: Literal["iid", "markov", "repeated", "hierarchical", "text"] = "iid"
     alphabet: Literal["latin", "latin_upper", "digits", "greek", "cyrillic", "cjk", "vocabulary"] = "latin"
     alphabet_size: Annotated[int, Field(ge=2)] = 26
     entropy_bits: float | None = None
     skew: Literal["one-token", "geometric", "zipf"] = "one-token"
     length: Annotated[int, Field(ge=2)] = 1024
     num_strings: Positive = 1
+    order: Positive = 1
+    conditional_entropy_bits: float | None = None
+    motif_length: Annotated[int, Field(ge=2)] = 64
+    depth: Annotated[int, Field(ge=0, le=32)] = 2
+    branching: Annotated[int, Field(ge=3)] = 4
+    path: str | None = Field(default=None, json_schema_extra=NOT_HASHED)
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
 
     @model_validator(mode="after")
     def _source_exists(self) -> "StringsSpec":
+        self._check_kind_reads_what_is_set()
+        if self.kind == "text":
+            self._resolve_text()
+            return self
         largest = max_alphabet_size(self.alphabet)
         if largest is not None and self.alphabet_size > largest:
             raise ValueError(
                 f"alphabet {self.alphabet!r} has {largest} symbols, but alphabet_size is {self.alphabet_size}; "
                 "take fewer symbols or another alphabet"
             )
-        self.source()
+        self.source(seed=0)
+        self._check_structure_shows()
         return self
 
-    def canonical(self) -> "StringsSpec":
-        """A uniform source is spelled without an entropy, and without the skew that it has not."""
-        # Not in the validator: `vary` carries over what was written, and log2(2) bits are not uniform over 26 symbols.
-        if self.entropy_bits is not None and abs(self.entropy_bits - math.log2(self.alphabet_size)) > 1e-9:
-            return self
-        return self.model_copy(update={"entropy_bits": None, "skew": type(self).model_fields["skew"].default})
+    def _check_kind_reads_what_is_set(self) -> None:
+        for name, kinds in _READ_BY_KINDS.items():
+            if self.kind not in kinds and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} must keep the default under kind={self.kind!r}, which does not read it, but got "
+                    f"{getattr(self, name)!r}; leave it out, or take kind={' or '.join(map(repr, kinds))}"
+                )
 
-    def source(self) -> Source:
-        """The source that these strings are drawn from."""
+    def _resolve_text(self) -> None:
+        if self.path is None:
+            raise ValueError("kind='text' needs a text to cut strings from, but got path=None; set strings.path")
+        # Absolute, because workers of a cluster have working directories of their own.
+        object.__setattr__(self, "path", str(Path(self.path).absolute()))
+        if self.sha256 is None:
+            object.__setattr__(self, "sha256", read_text(self.path)[1])
+
+    def _check_structure_shows(self) -> None:
+        """Refuses strings that end before the structure they are named after has begun."""
+        if self.kind == "markov" and self.order >= self.length:
+            raise ValueError(
+                f"order < length must hold, or no symbol depends on any other, but got order={self.order} and "
+                f"length={self.length}; lower the order or lengthen the strings"
+            )
+        if self.kind == "repeated" and self.motif_length > self.length:
+            raise ValueError(
+                f"motif_length <= length must hold, but got motif_length={self.motif_length} and length={self.length}; "
+                "shorten the motif or lengthen the strings"
+            )
+        if self.kind == "hierarchical":
+            if self.depth == 0:
+                raise ValueError(
+                    "depth >= 1 must hold for kind='hierarchical', but got depth=0; one motif over and over is "
+                    "kind='repeated'"
+                )
+            needed = 2 * self.motif_length * self.branching ** (self.depth - 1)
+            if needed >= self.length:
+                raise ValueError(
+                    "2 * motif_length * branching**(depth - 1) < length must hold, or the highest level repeats "
+                    f"nothing, but got {needed} and length={self.length}; lower one of them or lengthen the strings"
+                )
+
+    @property
+    def nominal_entropy_bits(self) -> float:
+        """Entropy of one symbol of a random source, in bits."""
+        uniform = math.log2(self.alphabet_size)
+        return uniform if self.entropy_bits is None else min(self.entropy_bits, uniform)
+
+    def canonical(self) -> "StringsSpec":
+        """The same source without what follows from the rest.
+
+        A uniform source is spelled without an entropy, and without the skew that it has not; symbols that do not depend
+        on those before them without a conditional entropy, and without the order that it has not.
+        """
+        # Not in the validator: `vary` carries over what was written, and log2(2) bits are not uniform over 26 symbols.
+        idle: list[str] = []
+        if self.entropy_bits is None or abs(self.entropy_bits - math.log2(self.alphabet_size)) <= 1e-9:
+            idle += ["entropy_bits", "skew"]
+        conditional_bits = self.conditional_entropy_bits
+        if conditional_bits is None or abs(conditional_bits - self.nominal_entropy_bits) <= 1e-9:
+            idle += ["conditional_entropy_bits", "order"]
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in idle})
+
+    def source(self, *, seed: int) -> Source:
+        """The source that these strings are drawn from in a trial with that `string_seed`.
+
+        Raises:
+            ValueError: If there is none, or it is a text, whose symbols are tokens that only a model's tokenizer knows.
+        """
         spelled = self.canonical()
-        return IidSource(alphabet_size=spelled.alphabet_size, entropy_bits=spelled.entropy_bits, skew=spelled.skew)
+        fresh = IidSource(alphabet_size=spelled.alphabet_size, entropy_bits=spelled.entropy_bits, skew=spelled.skew)
+        match spelled.kind:
+            case "iid":
+                return fresh
+            case "markov":
+                bits = spelled.conditional_entropy_bits
+                return MarkovSource(fresh=fresh, order=spelled.order, conditional_entropy_bits=bits, seed=seed)
+            case "repeated":
+                return MotifSource(fresh=fresh, motif_length=spelled.motif_length)
+            case "hierarchical":
+                return MotifSource(
+                    fresh=fresh,
+                    motif_length=spelled.motif_length,
+                    depth=spelled.depth,
+                    branching=spelled.branching,
+                )
+            case "text":
+                raise ValueError("a text is a source only in the tokens of a model; ask `trial.source_of`")
+
+    def text(self) -> str:
+        """The text that strings are cut from.
+
+        Raises:
+            ValueError: If the file cannot be read, or is another one than when the spec was made.
+        """
+        assert self.path is not None  # the validator refuses a text without
+        text, digest = read_text(self.path)
+        if digest != self.sha256:
+            raise ValueError(
+                f"strings.path must hold the text that the spec was made from, with sha256={self.sha256}, but "
+                f"{self.path} has {digest}; restore the file, or leave sha256 out to train on what it holds now"
+            )
+        return text
 
 
 class LoraSpec(Part):
@@ -156,7 +291,8 @@ class ModelSpec(Part):
     def _can_pretrain(self) -> "ModelSpec":
         stated = self.in_context
         if stated.steps == 0:
-            idle = [name for name in type(stated).model_fields if name != "steps" and name in stated.model_fields_set]
+            fields = InContextSpec.model_fields
+            idle = [name for name, field in fields.items() if getattr(stated, name) != field.default]
             if idle:
                 raise ValueError(
                     f"in_context.{', in_context.'.join(idle)} must be left out where in_context.steps is 0; set steps, "
@@ -329,6 +465,14 @@ class TrialSpec(Part):
                 f"{self.model.size}, but got {list(frozen)}"
             )
 
+    def source(self) -> Source:
+        """The source of the trial's strings.
+
+        Raises:
+            ValueError: If it is a text, whose symbols are tokens that only the model's tokenizer knows.
+        """
+        return self.strings.source(seed=self.string_seed)
+
     @property
     def num_epochs(self) -> int:
         """Epochs at most; `stop_when` may end training earlier."""
@@ -372,19 +516,24 @@ class TrialSpec(Part):
         """The flattened spec: the same keys for every trial, numbers bare, "none" where nothing applies.
 
         The nominal entropy stands where the spec says "uniform", because a chart has no use for a missing one. The skew
-        stands there too, because the uniform source is the upper end of each of them.
+        stands there too, because the uniform source is the upper end of each of them. So do the conditional entropy and
+        the order of symbols that depend on nothing.
         """
-        flat = _flatten(self.model_dump(mode="json", exclude={"probes": True, "compute": set(UNHASHED)}))
-        flat["strings.entropy_bits"] = round(self.strings.source().nominal_entropy_bits, 6)
+        excluded = {"probes": True, "compute": set(UNHASHED), "strings": {"path"}}
+        flat = _flatten(self.model_dump(mode="json", exclude=excluded))
+        entropy_bits, conditional_bits = self.strings.nominal_entropy_bits, self.strings.conditional_entropy_bits
+        conditional_bits = entropy_bits if conditional_bits is None else conditional_bits
+        flat["strings.entropy_bits"] = round(entropy_bits, 6)
+        flat["strings.conditional_entropy_bits"] = round(conditional_bits, 6)
+        idle = {f"strings.{name}" for name, kinds in _READ_BY_KINDS.items() if self.strings.kind not in kinds}
+        flat.update(dict.fromkeys(idle & flat.keys(), "none"))
         for optimiser, names in _READ_BY.items():
             if optimiser != self.training.optimiser:
                 flat.update({f"training.{name}": "none" for name in names})
         if self.compute.engine == "torch":
             flat["compute.zero_stage"] = "none"
         if self.model.in_context.steps == 0:
-            flat.update(
-                {f"model.in_context.{name}": "none" for name in InContextSpec.model_fields if name != "steps"}
-            )
+            flat.update({f"model.in_context.{name}": "none" for name in InContextSpec.model_fields if name != "steps"})
         flat["training.frozen_blocks"] = flat["training.frozen_blocks"] or "none"
         for name, part in (("model.lora", LoraSpec), ("training.stop_when", StopWhen)):
             if flat.pop(name, "") == "none":

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -21,14 +22,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from memray.accelerators import accelerator
-from memray.encoding import Batch, Encoder, encode, make_encoder
+from memray.context import probe_context
+from memray.encoding import Batch, Encoder, encode, make_encoder, tokenise
 from memray.finetune import Engine, TorchEngine, finetune, parts, scoring_passes
 from memray.measurement import KnownString, Measurement, Measurer, read_scores
+from memray.measures.prefix import ContextScores
 from memray.models import check_context, freeze_blocks, load_model, load_tokenizer
 from memray.pretraining import pretrain_in_context
+from memray.replacements import ordinary_ids_outside
 from memray.scoring import AlphabetIds, TokenScores
 from memray.spec import ModelSpec, StopWhen, TrialSpec
-from memray.strings import ALPHABETS, Stream, draw_strings
+from memray.strings import ALPHABETS, Source, Stream, TextSource, draw_strings
 
 Weights = Mapping[str, ndarray]
 CPU = torch.device("cpu")
@@ -77,9 +81,16 @@ class ModelShelf:
 
 @dataclass(frozen=True)
 class Material:
-    """The strings of a trial: as batches for the model, and with all that is known of them."""
+    """The strings of a trial: as symbols, as batches for the model, and with all that is known of them.
 
+    Attributes:
+        outside_ids: Ordinary tokens that stand for no symbol.
+    """
+
+    source: Source
     encoder: Encoder
+    outside_ids: Int[ndarray, " outside"]
+    strings: Mapping[Stream, Int[ndarray, "strings length"]]
     trained: Batch
     held_out: Batch | None
     known_trained: list[KnownString]
@@ -89,21 +100,52 @@ class Material:
     def symbol_ids(self) -> Int[ndarray, " alphabet"]:
         return self.encoder.symbol_ids
 
+    @property
+    def alphabet(self) -> AlphabetIds:
+        """The alphabet as the model sees it, on the CPU."""
+        marginal = torch.as_tensor(np.array(self.source.marginal), dtype=torch.float32)
+        return AlphabetIds(torch.as_tensor(self.symbol_ids), marginal)
+
+
+def source_of(spec: TrialSpec) -> Source:
+    """The source of a trial's strings. A text is one only in the tokens of the trial's model.
+
+    Raises:
+        ValueError: If the text is not to be had, or too short.
+    """
+    if spec.strings.kind != "text":
+        return spec.source()
+    source = tokenise(load_tokenizer(spec.model), spec.strings.text())
+    num_strings, found = spec.strings.num_strings + spec.probes.num_held_out, len(source.symbols)
+    if (needed := num_strings * spec.strings.length) > found:
+        raise ValueError(
+            f"the text in {spec.strings.path} must have at least {needed} tokens, {spec.strings.length} for each of "
+            f"{num_strings} trained and held-out strings, but it has {found} of this model's (and "
+            f"{source.num_left_out} special or unknown ones); take a longer text, or fewer or shorter strings"
+        )
+    return source
+
 
 def known_strings(
-    spec: TrialSpec, symbol_ids: Int[ndarray, " alphabet"], stream: Stream
+    spec: TrialSpec, source: Source, symbol_ids: Int[ndarray, " alphabet"], stream: Stream
 ) -> tuple[Int[ndarray, "strings length"], list[KnownString]]:
-    """The trained or the held-out strings of a trial, as symbols and as what is known of them."""
+    """The trained or the held-out strings of a trial, as symbols and as what is known of them.
+
+    Args:
+        source: The trial's, of :func:`source_of`.
+        symbol_ids: Token id of each symbol.
+    """
     number = spec.strings.num_strings if stream == "trained" else spec.probes.num_held_out
     if number == 0:
         return np.zeros((0, spec.strings.length), dtype=np.int64), []
-    source = spec.strings.source()
     strings = draw_strings(source, length=spec.strings.length, num_strings=number, seed=spec.string_seed, stream=stream)
-    letters = ALPHABETS.get(spec.strings.alphabet)
-    texts = [
-        "".join(letters[k] for k in string) if letters else " ".join(str(symbol_ids[k]) for k in string)
-        for string in strings
-    ]
+    if isinstance(source, TextSource):
+        names, between = source.names, " "
+    elif letters := ALPHABETS.get(spec.strings.alphabet):
+        names, between = letters, ""
+    else:
+        names, between = [str(symbol_id) for symbol_id in symbol_ids], " "
+    texts = [between.join(names[k] for k in string) for string in strings]
     has_bos = bool(spec.model.bos)
     return strings, [
         KnownString.of(string, source=source, symbol_ids=symbol_ids, text=text, bos=has_bos)
@@ -115,19 +157,27 @@ def prepare(spec: TrialSpec) -> Material:
     """Draws and encodes the strings of a trial.
 
     Raises:
-        ValueError: If a symbol of the alphabet is not exactly one ordinary token of the model.
+        ValueError: If a symbol of the alphabet is not exactly one ordinary token of the model, or a text is not to be
+            had or too short.
     """
-    encoder = make_encoder(
-        load_tokenizer(spec.model),
-        alphabet=spec.strings.alphabet,
-        alphabet_size=spec.strings.alphabet_size,
-        bos=bool(spec.model.bos),
-        vocabulary_seed=spec.string_seed,
-    )
-    trained, known = known_strings(spec, encoder.symbol_ids, "trained")
-    held_out, known_held_out = known_strings(spec, encoder.symbol_ids, "held_out")
+    source, tokenizer, bos = source_of(spec), load_tokenizer(spec.model), bool(spec.model.bos)
+    if isinstance(source, TextSource):
+        encoder = Encoder.of(tokenizer, source.symbol_ids, bos=bos)
+    else:
+        encoder = make_encoder(
+            tokenizer,
+            alphabet=spec.strings.alphabet,
+            alphabet_size=spec.strings.alphabet_size,
+            bos=bos,
+            vocabulary_seed=spec.string_seed,
+        )
+    trained, known = known_strings(spec, source, encoder.symbol_ids, "trained")
+    held_out, known_held_out = known_strings(spec, source, encoder.symbol_ids, "held_out")
     return Material(
+        source=source,
         encoder=encoder,
+        outside_ids=ordinary_ids_outside(tokenizer, encoder.symbol_ids),
+        strings={"trained": trained, "held_out": held_out},
         trained=encode(list(trained), encoder),
         held_out=encode(list(held_out), encoder) if len(held_out) else None,
         known_trained=known,
@@ -194,10 +244,12 @@ class Looked(NamedTuple):
     Attributes:
         held_out: Scores of the held-out strings; None if there are none.
         trained: Scores of the trained strings, where they were scored a second time.
+        context: What the context probe showed, by role; empty where the epoch has none.
     """
 
     held_out: TokenScores | None
     trained: TokenScores | None = None
+    context: Mapping[str, ContextScores] = MappingProxyType({})
 
 
 @runtime_checkable
@@ -213,7 +265,7 @@ class Look(Protocol):
 class Prober(Protocol):
     """Who looks at the weights of probe epochs; called on every rank, because reading weights is collective."""
 
-    def look(self, epoch: int, engine: Engine) -> Look: ...
+    def look(self, epoch: int, engine: Engine, *, with_context: bool) -> Look: ...
 
 
 @dataclass(frozen=True)
@@ -231,12 +283,47 @@ class Ready:
 
 @dataclass(frozen=True)
 class OwnProber:
-    """Looks with the trial's own engine, while training waits."""
+    """Looks with the trial's own engine, while training waits.
 
-    held_out: Batch | None
+    Attributes:
+        model: The engine's model, where one process has it whole; without it no context can be probed.
+    """
 
-    def look(self, epoch: int, engine: Engine) -> Look:
-        return Ready(Looked(None if self.held_out is None else engine.score(self.held_out)))
+    spec: TrialSpec
+    material: Material
+    model: nn.Module | None
+
+    def look(self, epoch: int, engine: Engine, *, with_context: bool) -> Look:
+        held_out = self.material.held_out
+        scores = None if held_out is None else engine.score(held_out)
+        if not with_context:
+            return Ready(Looked(scores))
+        assert self.model is not None  # an engine of many devices looks at snapshots
+        return Ready(Looked(scores, context=look_at_context(self.spec, self.material, self.model)))
+
+
+def look_at_context(spec: TrialSpec, material: Material, model: nn.Module) -> dict[str, ContextScores]:
+    """What the context probe shows of a model, by role."""
+    stated = spec.probes.context
+    assert stated is not None
+    numbers: dict[Stream, int] = {
+        "trained": stated.num_strings or spec.strings.num_strings,
+        "held_out": stated.num_held_out,
+    }
+    return {
+        stream: probe_context(
+            model,
+            material.strings[stream][:number],
+            source=material.source,
+            encoder=material.encoder,
+            outside_ids=material.outside_ids,
+            spec=stated,
+            seed=spec.string_seed,
+            stream=stream,
+        )
+        for stream, number in numbers.items()
+        if number
+    }
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------
@@ -303,18 +390,17 @@ def run_trial(
     """
     device = set_device(spec)
     material = prepare(spec)
-    symbol_ids = torch.as_tensor(material.symbol_ids)
-    marginal = torch.as_tensor(np.array(spec.strings.source().marginal), dtype=torch.float32)
     model = (shelf or ModelShelf()).model(spec, device)
     check_context(model, material.trained.ids.shape[1])
     if spec.model.lora is None:
         freeze_blocks(model, spec.training.frozen_blocks)
-    engine = make_engine(spec, model, AlphabetIds(symbol_ids, marginal), device)
-    return measure_while_training(spec, material, engine, prober=prober, keeper=keeper)
+    engine = make_engine(spec, model, material.alphabet, device)
+    own = OwnProber(spec, material, model if spec.compute.engine == "torch" else None)
+    return measure_while_training(spec, material, engine, prober=prober or own, keeper=keeper)
 
 
 def measure_while_training(
-    spec: TrialSpec, material: Material, engine: Engine, *, prober: Prober | None = None, keeper: Keeper | None = None
+    spec: TrialSpec, material: Material, engine: Engine, *, prober: Prober, keeper: Keeper | None = None
 ) -> Iterator[Measurement]:
     """Trains the strings over an engine and measures every epoch, those before a checkpoint excepted.
 
@@ -329,7 +415,7 @@ def measure_while_training(
             measurer.measure(epoch, trained, held_out)
             if stopper:
                 stopper(trained)
-    watch = Watch(spec, engine, prober or OwnProber(material.held_out), keeper)
+    watch = Watch(spec, engine, prober, keeper)
     epochs = finetune(
         engine,
         material.trained,
@@ -368,9 +454,19 @@ class Scored:
                 "not what was trained"
             )
         measurement = measurer.measure(
-            self.epoch, self.trained, looked.held_out, is_last=self.is_last, weights=self.weights or None
+            self.epoch,
+            self.trained,
+            looked.held_out,
+            context=looked.context,
+            is_last=self.is_last,
+            weights=self.weights or None,
         )
         return replace(measurement, scored_s=self.scored_s)
+
+
+def has_context(spec: TrialSpec, epoch: int, *, is_last: bool) -> bool:
+    """Whether the context is probed at an epoch."""
+    return spec.probes.context is not None and (is_last or epoch in spec.probes.context.epochs)
 
 
 class Watch:
@@ -382,6 +478,7 @@ class Watch:
         self.prober = prober
         self.keeper = keeper
         self.looks: dict[int, Look] = {}
+        self.with_context: set[int] = set()
         self.weights: dict[int, Weights] = {}
         self.waiting: deque[Scored] = deque()
         self.is_checkpoint_due = False
@@ -395,8 +492,11 @@ class Watch:
             self._look(epoch, is_last=epoch == self.spec.num_epochs)
 
     def _look(self, epoch: int, *, is_last: bool) -> None:
-        if epoch not in self.looks:
-            self.looks[epoch] = self.prober.look(epoch, self.engine)
+        with_context = has_context(self.spec, epoch, is_last=is_last)
+        # Whether an epoch is the last may be known only after it was looked at.
+        if epoch not in self.looks or (with_context and epoch not in self.with_context):
+            self.looks[epoch] = self.prober.look(epoch, self.engine, with_context=with_context)
+            self.with_context |= {epoch} if with_context else set()
         keep = self.spec.training.keep_weights
         if epoch not in self.weights and (keep == "probe_epochs" or (keep == "final" and is_last)):
             self.weights[epoch] = self.engine.snapshot()

@@ -27,6 +27,26 @@ BAD_STUDIES = {
     "a string longer than the context": ("strings=StringsSpec(length=4096)", "reads at most 2048 tokens"),
     "a BOS that no longer fits": ("model=ModelSpec(family='gpt2', size='124m', bos=True)", "needs 1025"),
     "an unknown field": ("training=TrainingSpec(epoch=3)", "study.py: epoch: no such field"),
+    "a conditional entropy of independent symbols": (
+        "strings=StringsSpec(conditional_entropy_bits=1.0)", "leave it out, or take kind='markov'"),
+    "a conditional entropy above the marginal's": (
+        "strings=StringsSpec(kind='markov', entropy_bits=1.0, conditional_entropy_bits=2.0)",
+        "0 < conditional_entropy_bits <= entropy_bits must hold"),
+    "an order beyond the string": (
+        "strings=StringsSpec(kind='markov', order=64, length=64)", "lower the order or lengthen the strings"),
+    "a motif longer than the string": (
+        "strings=StringsSpec(kind='repeated', length=32)", "shorten the motif or lengthen the strings"),
+    "a hierarchy without levels": ("strings=StringsSpec(kind='hierarchical', depth=0)", "one motif over and over is kind='repeated'"),
+    "a hierarchy beyond the string": (
+        "strings=StringsSpec(kind='hierarchical', length=256)", "the highest level repeats nothing, but got 512 and length=256"),
+    "a text without a file": ("strings=StringsSpec(kind='text')", "set strings.path"),
+    "a text that is not there": ("strings=StringsSpec(kind='text', path='nowhere.txt')", "must be a text file in UTF-8"),
+    "a text that is another one": (
+        "strings=StringsSpec(kind='text', path=__file__, sha256='0' * 64)", "must hold the text that the spec was made from"),
+    "a text with a source's alphabet": (
+        "strings=StringsSpec(kind='text', path=__file__, alphabet='greek')", "alphabet must keep the default under kind='text'"),
+    "a text that is too short": (
+        "strings=StringsSpec(kind='text', path=__file__)", "at least 11264 tokens, 1024 for each of 11 trained and held-out strings"),
     "an unknown skew": ("strings=StringsSpec(entropy_bits=1.0, skew='one_token')", "'one-token', 'geometric' or 'zipf'"),
     "no epochs": ("training=TrainingSpec(epochs=0)", "greater than 0, but got 0"),
     "a negative rate": ("training=TrainingSpec(learning_rate=-1e-3)", "greater than 0, but got -0.001"),
@@ -112,6 +132,18 @@ def test_symbols_that_split_die_in_plan(tmp_path: Path) -> None:
     assert "1 of 2 trials of study cannot run" in done.stderr
     for symbol in "αβγ":
         assert f"'{symbol}' splits into 2 tokens" in done.stderr
+
+
+def test_a_plan_says_what_is_left_out_of_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("two words " * 100)
+    strings = "StringsSpec(kind='text', path='text', length=64)"
+    path = study(
+        tmp_path, HEAD + f"def sweep(*, scale='tiny', seeds=1):\n    return Sweep([TrialSpec(strings={strings})])\n"
+    )
+    done = run("plan", path)
+    assert done.exit_code == 0, done.output
+    assert f"200 of the 1000 tokens of {tmp_path / 'text'} are special or unknown to pythia tiny" in done.stderr
 
 
 def test_all_invalid_cells_are_reported_together(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from memray.encoding import Encoder, encode, make_encoder
+from memray.encoding import Encoder, encode, make_encoder, tokenise
 from memray.models import character_tokenizer
 from memray.strings import ALPHABETS
 
@@ -109,6 +109,43 @@ def test_a_byte_level_tokenizer_gives_each_letter_its_own_token_though_runs_of_l
 def test_a_symbol_of_several_bytes_is_found_where_they_make_one_token():
     tokenizer = byte_level_tokenizer()
     assert tokenizer.decode(alphabet_ids(tokenizer, "greek", 3)) == "αβγ"
+
+
+# Texts.
+
+
+def test_a_text_becomes_the_tokens_that_the_tokenizer_makes_of_it():
+    tokenizer, text = byte_level_tokenizer(), "\n".join(training_text()[:20])
+    source = tokenise(tokenizer, text)
+    ids = source.symbol_ids[source.symbols].tolist()
+    assert ids == tokenizer.encode(text, add_special_tokens=False)
+    assert len(ids) < len(text), "the tokens are more than characters"
+    assert tokenizer.decode(ids) == text
+    assert source.symbol_ids.tolist() == sorted(set(ids))
+    assert list(source.names) == tokenizer.convert_ids_to_tokens(source.symbol_ids.tolist())
+    assert source.num_left_out == 0
+
+
+def test_special_tokens_of_a_text_are_left_out_and_counted():
+    source = tokenise(byte_level_tokenizer(), "one<|endoftext|>two<|endoftext|>")
+    assert source.num_left_out == 2
+    assert "".join(source.names[k] for k in source.symbols) == "onetwo"
+
+
+def test_what_the_character_tokenizer_does_not_know_is_left_out_of_a_text():
+    tokenizer = character_tokenizer()
+    source = tokenise(tokenizer, "Ab, 3b: не!")
+    assert [source.names[k] for k in source.symbols] == list("Ab3bне")
+    assert tokenizer.decode(source.symbol_ids[source.symbols].tolist()) == "Ab3bне"
+    assert source.num_left_out == 5
+
+
+def test_a_text_has_an_encoder_of_its_own():
+    tokenizer = character_tokenizer()
+    source = tokenise(tokenizer, "abba cab")
+    encoder = Encoder.of(tokenizer, source.symbol_ids, bos=True)
+    batch = encode([source.symbols[:4]], encoder)
+    assert tokenizer.convert_ids_to_tokens(batch.ids[0].tolist()) == ["<bos>", "a", "b", "b", "a"]
 
 
 # What is refused.

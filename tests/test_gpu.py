@@ -6,7 +6,6 @@ Models have random weights, so that nothing is downloaded; nothing of a cluster 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,7 +15,7 @@ from memray.cost import PROCESS_GIB, cost
 from memray.families import family
 from memray.finetune import TorchEngine, as_tensor, lower_weights
 from memray.models import character_tokenizer, load_model
-from memray.scoring import AlphabetIds, TokenScores, score
+from memray.scoring import TokenScores, score
 from memray.spec import ComputeSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.trial import Material, forwards_of_epoch, make_torch_engine, prepare, run_trial, set_device
 
@@ -47,15 +46,10 @@ def trial(precision: str, **fields: Any) -> TrialSpec:
     return TrialSpec(**(given | fields))
 
 
-def alphabet_of(spec: TrialSpec, material: Material) -> AlphabetIds:
-    marginal = torch.as_tensor(np.array(spec.strings.source().marginal), dtype=torch.float32)
-    return AlphabetIds(torch.as_tensor(material.symbol_ids), marginal)
-
-
 def engine_of(spec: TrialSpec) -> tuple[TorchEngine, Material]:
     device, material = set_device(spec), prepare(spec)
     model = load_model(spec.model, seed=spec.model_seed)
-    engine = make_torch_engine(spec, model, alphabet_of(spec, material), device)
+    engine = make_torch_engine(spec, model, material.alphabet, device)
     assert isinstance(engine, TorchEngine)
     return engine, material
 
@@ -94,7 +88,7 @@ def test_a_snapshot_scored_elsewhere_gives_the_scores_of_the_trainer(precision: 
         lower_weights(model)
     dtypes = {name: weight.dtype for name, weight in model.state_dict().items()}
     model.load_state_dict({name: as_tensor(array, dtypes[name]) for name, array in snapshot.items()})
-    alphabet = alphabet_of(spec, material).to(engine.device)
+    alphabet = material.alphabet.to(engine.device)
     batches = forwards_of_epoch(spec, material.trained, 1)
     scored = TokenScores.concatenate([score(model, batch.to(engine.device), alphabet) for batch in batches])
     assert scored.is_identical_to(theirs)

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from memray.families import FAMILIES
 from memray.spec import (
     UNHASHED,
     ComputeSpec,
+    InContextSpec,
     LoraSpec,
     ModelSpec,
     Part,
@@ -23,8 +25,10 @@ from memray.spec import (
     TrainingSpec,
     TrialSpec,
 )
-from memray.strings import ALPHABETS
+from memray.strings import ALPHABETS, IidSource, MarkovSource, MotifSource
+from memray.sweep import vary
 
+KINDS = get_args(StringsSpec.model_fields["kind"].annotation)
 PYTHIA_1B = TrialSpec(model=ModelSpec(size="1b", pretrained=True))
 
 # Ids of finished trials are kept in ledgers and in MLflow: if one of these changes, every trial ever run is run again.
@@ -56,6 +60,26 @@ GOLDEN = {
         ),
         "4c45efb16193",
         "2c2034d13707",
+    ),
+    "symbols that depend on each other": (
+        TrialSpec(strings=StringsSpec(kind="markov", order=2, conditional_entropy_bits=1.5, length=256)),
+        "f48cd5818994",
+        "f48cd5818994",
+    ),
+    "a motif over and over": (
+        TrialSpec(strings=StringsSpec(kind="repeated", motif_length=32, entropy_bits=2.0), string_seed=1),
+        "3f816294d921",
+        "a55d70271097",
+    ),
+    "motifs of motifs": (
+        TrialSpec(strings=StringsSpec(kind="hierarchical", branching=3)),
+        "e680780d986f",
+        "e680780d986f",
+    ),
+    "a text": (
+        TrialSpec(strings=StringsSpec(kind="text", path="wherever it lies", sha256="0123456789abcdef" * 4)),
+        "892b53aff107",
+        "892b53aff107",
     ),
     "plain gradient descent on a directory": (
         TrialSpec(
@@ -99,9 +123,15 @@ def expected_json(spec: TrialSpec, *, without: tuple[str, ...] = ("probes",)) ->
     strings, compute = found.get("strings", {}), found.get("compute", {})
     for name in UNHASHED:
         compute.pop(name, None)
-    if spec.strings.entropy_bits is None or spec.strings.entropy_bits >= math.log2(spec.strings.alphabet_size) - 1e-9:
+    strings.pop("path", None)
+    entropy_bits, conditional_bits = spec.strings.entropy_bits, spec.strings.conditional_entropy_bits
+    if entropy_bits is None or entropy_bits >= math.log2(spec.strings.alphabet_size) - 1e-9:
         strings.pop("entropy_bits", None)
         strings.pop("skew", None)
+        entropy_bits = math.log2(spec.strings.alphabet_size)
+    if conditional_bits is None or conditional_bits >= entropy_bits - 1e-9:
+        strings.pop("conditional_entropy_bits", None)
+        strings.pop("order", None)
     if not strings:
         found.pop("strings", None)
     kept = {name: value for name, value in found.items() if name not in without}
@@ -113,19 +143,39 @@ def sha(text: str) -> str:
 
 
 @st.composite
+def valid_sources(draw: st.DrawFn) -> dict[str, Any]:
+    kind = draw(st.sampled_from(KINDS))
+    if kind == "text":
+        return {"kind": kind, "path": __file__, "length": draw(st.integers(2, 1000))}
+    alphabet = draw(st.sampled_from([*ALPHABETS]))
+    size = draw(st.integers(2, len(ALPHABETS[alphabet])))
+    largest, share = math.log2(size), st.floats(0.01, 1)
+    drawn: dict[str, Any] = {"kind": kind, "alphabet": alphabet, "alphabet_size": size}
+    drawn["entropy_bits"] = draw(st.none() | share.map(lambda part: part * largest))
+    drawn["skew"] = draw(st.sampled_from(["one-token", "geometric", "zipf"]))
+    least = 2
+    if kind == "markov":
+        drawn["order"] = draw(st.integers(1, 5))
+        largest = largest if drawn["entropy_bits"] is None else drawn["entropy_bits"]
+        drawn["conditional_entropy_bits"] = draw(st.none() | share.map(lambda part: part * largest))
+        least = drawn["order"] + 1
+    elif kind == "repeated":
+        least = drawn["motif_length"] = draw(st.integers(2, 300))
+    elif kind == "hierarchical":
+        drawn |= {"motif_length": draw(st.integers(2, 9)), "depth": draw(st.integers(1, 3))}
+        drawn["branching"] = draw(st.integers(3, 5))
+        least = 2 * drawn["motif_length"] * drawn["branching"] ** (drawn["depth"] - 1) + 1
+    return drawn | {"length": draw(st.integers(least, 1000))}
+
+
+@st.composite
 def valid_specs(draw: st.DrawFn) -> TrialSpec:
     def some(**fields: st.SearchStrategy[Any]) -> dict[str, Any]:
         """Any subset of the fields; the others keep their defaults."""
         return {name: draw(values) for name, values in fields.items() if draw(st.booleans())}
 
-    alphabet = draw(st.sampled_from([*ALPHABETS]))
-    size = draw(st.integers(2, len(ALPHABETS[alphabet])))
-    num_strings, length = draw(st.integers(1, 12)), draw(st.integers(2, 1000))
+    num_strings = draw(st.integers(1, 12))
     per_step = draw(st.sampled_from([0, *(k for k in range(1, 13) if num_strings % k == 0)]))
-    strings = some(
-        entropy_bits=st.none() | st.floats(0.01, 1).map(lambda share: share * math.log2(size)),
-        skew=st.sampled_from(["one-token", "geometric", "zipf"]),
-    )
     lora = st.builds(
         LoraSpec,
         rank=st.integers(1, 64),
@@ -163,7 +213,7 @@ def valid_specs(draw: st.DrawFn) -> TrialSpec:
         compute["workers"] = draw(st.sampled_from([1, num_strings, num_strings + 1]))
     seed = st.integers(0, 2**32 - 1)
     return TrialSpec(
-        strings=StringsSpec(alphabet=alphabet, alphabet_size=size, num_strings=num_strings, length=length, **strings),  # type: ignore[arg-type]
+        strings=StringsSpec(num_strings=num_strings, **draw(valid_sources())),
         model=ModelSpec(family=family, **model),
         training=TrainingSpec(optimiser=optimiser, strings_per_step=per_step, **training),
         compute=ComputeSpec(**compute),
@@ -239,7 +289,13 @@ def test_probes_and_placement_leave_the_trial_id_alone(looked_at_or_placed: dict
 
 CHANGES: dict[str, Any] = {
     "strings": [{"length": 64}, {"alphabet": "greek", "alphabet_size": 24}, {"entropy_bits": 2.0}, {"num_strings": 2},
-                {"entropy_bits": 2.0, "skew": "zipf"}],
+                {"entropy_bits": 2.0, "skew": "zipf"}, {"kind": "markov"},
+                {"kind": "markov", "conditional_entropy_bits": 1.0},
+                {"kind": "markov", "conditional_entropy_bits": 1.0, "order": 2},
+                {"kind": "repeated"}, {"kind": "repeated", "motif_length": 32},
+                {"kind": "hierarchical"}, {"kind": "hierarchical", "motif_length": 32},
+                {"kind": "hierarchical", "depth": 1}, {"kind": "hierarchical", "branching": 3},
+                {"kind": "text", "path": __file__}, {"kind": "text", "path": __file__, "sha256": "0" * 64}],
     "model": [{"family": "phi"}, {"bos": True}, {"dropout": 0.1}, {"lora": {}}, {"lora": {"rank": 4}},
               {"path": "here"}],
     "training": [{"epochs": 7}, {"learning_rate": 0.1}, {"schedule": "cosine"}, {"optimiser": "sgd"}, {"beta1": 0.8},
@@ -269,7 +325,83 @@ def test_a_uniform_source_has_one_id_however_it_is_spelled(alphabet_size: int, s
         )
         assert spelled.trial_id() == plain.trial_id()
         assert spelled.params() == plain.params() | {"strings.skew": skew}
-        assert spelled.strings.source() == plain.strings.source()
+        assert spelled.source() == plain.source()
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_symbols_that_depend_on_nothing_have_one_id_however_that_is_spelled(order: int) -> None:
+    plain = TrialSpec(strings=StringsSpec(kind="markov", entropy_bits=2.0))
+    for conditional_entropy_bits in (None, 2.0, 2.0 - 1e-10):
+        strings = plain.strings.model_copy(
+            update={"order": order, "conditional_entropy_bits": conditional_entropy_bits}
+        )
+        spelled = TrialSpec(strings=strings)
+        assert spelled.trial_id() == plain.trial_id()
+        assert spelled.params() == plain.params() | {"strings.order": order}
+        assert spelled.source() == plain.source()
+
+
+def test_the_source_of_a_trial_is_the_one_that_its_spec_describes() -> None:
+    fresh = IidSource(alphabet_size=7, entropy_bits=2.0, skew="zipf")
+    shared: dict[str, Any] = {"alphabet_size": 7, "entropy_bits": 2.0, "skew": "zipf"}
+    expected = {
+        "iid": ({}, fresh),
+        "markov": (
+            {"order": 3, "conditional_entropy_bits": 0.5},
+            MarkovSource(fresh=fresh, order=3, conditional_entropy_bits=0.5, seed=9),
+        ),
+        "repeated": ({"motif_length": 5}, MotifSource(fresh=fresh, motif_length=5)),
+        "hierarchical": (
+            {"motif_length": 5, "depth": 1, "branching": 3},
+            MotifSource(fresh=fresh, motif_length=5, depth=1, branching=3),
+        ),
+    }
+    assert {*expected, "text"} == {*KINDS}
+    for kind, (fields, source) in expected.items():
+        spec = TrialSpec(strings=StringsSpec(kind=kind, **shared, **fields), string_seed=9)  # type: ignore[arg-type]
+        assert spec.source() == source
+        assert spec.source().kind == kind
+
+
+def test_the_content_of_a_text_is_hashed_and_its_place_is_not(tmp_path: Path) -> None:
+    for name, content in (("one", "abc"), ("same", "abc"), ("other", "abd")):
+        (tmp_path / name).write_text(content)
+    one, same, other = (
+        TrialSpec(strings=StringsSpec(kind="text", path=str(tmp_path / name))) for name in ("one", "same", "other")
+    )
+    assert one.strings.sha256 == hashlib.sha256(b"abc").hexdigest()
+    assert one.trial_id() == same.trial_id() != other.trial_id()
+    assert one.params() == same.params()
+    assert "strings.path" not in one.params()
+    assert one.strings.text() == "abc"
+
+
+def test_a_text_that_is_another_one_by_now_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("abc")
+    spec = TrialSpec(strings=StringsSpec(kind="text", path=str(tmp_path / "text")))
+    (tmp_path / "text").write_text("abd")
+    assert TrialSpec.model_validate_json(spec.model_dump_json()) == spec, "a spec is made once"
+    with pytest.raises(ValueError, match=r"must hold the text that the spec was made from, .*; restore the file"):
+        spec.strings.text()
+
+
+def test_a_varied_path_is_another_text(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).write_text(name)
+    base = TrialSpec(strings=StringsSpec(kind="text", path=str(tmp_path / "one")))
+    varied = vary(base, {"strings.path": str(tmp_path / "other")})
+    assert isinstance(varied, TrialSpec)
+    assert varied.strings.text() == "other"
+
+
+def test_the_path_of_a_text_is_meant_from_where_the_spec_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").write_text("abc")
+    monkeypatch.chdir(tmp_path)
+    spec = StringsSpec(kind="text", path="text")
+    monkeypatch.chdir("/")
+    assert spec.text() == "abc"
 
 
 def test_almost_uniform_is_not_uniform() -> None:
@@ -367,9 +499,31 @@ def test_params_are_bare_numbers_and_none_where_nothing_applies() -> None:
     assert list(params) == sorted(params)
     assert {name for name, value in params.items() if value == "none"} == {
         "compute.offload", "compute.zero_stage", "model.lora.alpha", "model.lora.dropout", "model.lora.rank",
-        "model.lora.target_modules", "model.path", "model.revision", "training.keep_weights", "training.momentum",
+        "model.lora.target_modules", "model.path", "model.revision", "model.in_context.learning_rate",
+        "model.in_context.length", "model.in_context.max_alphabet_size", "model.in_context.strings_per_step",
+        "strings.branching", "strings.conditional_entropy_bits", "strings.depth", "strings.motif_length",
+        "strings.order", "strings.sha256", "training.frozen_blocks", "training.keep_weights", "training.momentum",
         "training.stop_when.at_least", "training.stop_when.epochs", "training.stop_when.metric",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"kind": "markov"}, {"order": 1, "conditional_entropy_bits": round(math.log2(26), 6), "motif_length": "none"}),
+        ({"kind": "markov", "conditional_entropy_bits": 1.5}, {"order": 1, "conditional_entropy_bits": 1.5}),
+        ({"kind": "repeated"}, {"motif_length": 64, "depth": "none", "branching": "none", "order": "none"}),
+        ({"kind": "hierarchical"}, {"motif_length": 64, "depth": 2, "branching": 4, "alphabet_size": 26}),
+        (
+            {"kind": "text", "path": __file__},
+            {"alphabet": "none", "alphabet_size": "none", "entropy_bits": "none", "skew": "none", "order": "none",
+             "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()},
+        ),
+    ],
+)  # fmt: skip
+def test_params_hold_what_a_source_reads(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    params = TrialSpec(strings=StringsSpec(**fields)).params()
+    assert {name: params[f"strings.{name}"] for name in expected} == expected
 
 
 def test_params_of_adapters_criteria_and_skews_are_their_values() -> None:
@@ -389,10 +543,12 @@ def test_params_of_adapters_criteria_and_skews_are_their_values() -> None:
 def test_params_hold_every_field_of_what_is_trained() -> None:
     expected = {"string_seed", "model_seed", "order_seed"}
     parts: dict[str, type[Part]] = {"strings": StringsSpec, "model": ModelSpec, "training": TrainingSpec,
-             "compute": ComputeSpec, "model.lora": LoraSpec, "training.stop_when": StopWhen}  # fmt: skip
+             "compute": ComputeSpec, "model.lora": LoraSpec, "model.in_context": InContextSpec,
+             "training.stop_when": StopWhen}  # fmt: skip
     for name, part in parts.items():
         expected |= {f"{name}.{field}" for field in part.model_fields}
-    expected -= {"model.lora", "training.stop_when", *(f"compute.{name}" for name in UNHASHED)}
+    expected -= {"model.lora", "model.in_context", "training.stop_when", "strings.path"}
+    expected -= {*(f"compute.{name}" for name in UNHASHED)}
     assert TrialSpec().params().keys() == expected
 
 
@@ -427,6 +583,57 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "an entropy of nothing": ({"strings": {"entropy_bits": 0}}, ["0 < entropy_bits", "got entropy_bits=0.0"]),
     "an infinite entropy": ({"strings": {"entropy_bits": math.inf}}, ["finite number"]),
+    "dependence of independent symbols": (
+        {"strings": {"order": 2}},
+        ["order must keep the default under kind='iid'", "got 2", "leave it out, or take kind='markov'"],
+    ),
+    "a motif of a markov source": (
+        {"strings": {"kind": "markov", "motif_length": 8}},
+        ["motif_length must keep the default under kind='markov'", "take kind='repeated' or 'hierarchical'"],
+    ),
+    "levels of one motif": (
+        {"strings": {"kind": "repeated", "depth": 1}},
+        ["depth must keep the default under kind='repeated'", "take kind='hierarchical'"],
+    ),
+    "a random alphabet of a text": (
+        {"strings": {"kind": "text", "path": __file__, "entropy_bits": 2.0}},
+        ["entropy_bits must keep the default under kind='text'", "'iid' or 'markov' or 'repeated' or 'hierarchical'"],
+    ),
+    "a file of a random source": ({"strings": {"path": __file__}}, ["path must keep the default under kind='iid'"]),
+    "a conditional entropy above the marginal's": (
+        {"strings": {"kind": "markov", "entropy_bits": 2.0, "conditional_entropy_bits": 3.0}},
+        ["0 < conditional_entropy_bits <= entropy_bits must hold", "=3.0 with a marginal of 2.0000 bits", "lower it"],
+    ),
+    "a conditional entropy of nothing": (
+        {"strings": {"kind": "markov", "conditional_entropy_bits": 0}},
+        ["0 < conditional_entropy_bits", "got conditional_entropy_bits=0.0"],
+    ),
+    "dependence on more symbols than there are": (
+        {"strings": {"kind": "markov", "order": 64, "length": 64}},
+        ["order < length must hold", "got order=64 and length=64", "lower the order or lengthen"],
+    ),
+    "no order": ({"strings": {"kind": "markov", "order": 0}}, ["greater than 0"]),
+    "a motif longer than the string": (
+        {"strings": {"kind": "repeated", "length": 32}},
+        ["motif_length <= length must hold", "got motif_length=64 and length=32", "shorten the motif"],
+    ),
+    "a motif of one symbol": ({"strings": {"kind": "repeated", "motif_length": 1}}, ["greater than or equal to 2"]),
+    "no levels": (
+        {"strings": {"kind": "hierarchical", "depth": 0}},
+        ["depth >= 1 must hold", "one motif over and over is kind='repeated'"],
+    ),
+    "parts of which none is repeated": ({"strings": {"kind": "hierarchical", "branching": 2}}, ["equal to 3"]),
+    "a hierarchy that the string does not reach": (
+        {"strings": {"kind": "hierarchical", "motif_length": 16, "branching": 4, "depth": 2, "length": 128}},
+        ["2 * motif_length * branching**(depth - 1) < length must hold", "got 128 and length=128", "lower one of them"],
+    ),
+    "a text without a file": ({"strings": {"kind": "text"}}, ["needs a text", "got path=None", "set strings.path"]),
+    "a text that is not there": (
+        {"strings": {"kind": "text", "path": "nowhere.txt"}},
+        ["must be a text file in UTF-8 wherever a trial runs", "nowhere.txt", "No such file", "correct the path"],
+    ),
+    "a digest that is none": ({"strings": {"kind": "text", "path": __file__, "sha256": "abc"}}, ["match pattern"]),
+    "an unknown source": ({"strings": {"kind": "random"}}, ["'iid', 'markov', 'repeated', 'hierarchical' or 'text'"]),
     "an unknown family": (
         {"model": {"family": "pythai"}},
         ["unknown model family 'pythai'; did you mean 'pythia'? families: gpt2, llama2, opt, phi, pythia"],

@@ -15,11 +15,13 @@ import torch
 
 from memray.encoding import Batch
 from memray.finetune import Engine, as_tensor
-from memray.measurement import Measurement, read_scores, remeasure, string_table, token_table
-from memray.models import load_model
+from memray.measurement import Measurement, context_table, read_scores, remeasure, string_table, token_table
+from memray.measures.order import acquisition_epochs, positional_order
+from memray.models import load_model, load_tokenizer
+from memray.probes import ContextSpec
 from memray.scoring import AlphabetIds, TokenScores, score
 from memray.spec import ComputeSpec, ModelSpec, ProbesSpec, StopWhen, StringsSpec, TrainingSpec, TrialSpec
-from memray.strings import ALPHABETS
+from memray.strings import ALPHABETS, TextSource
 from memray.sweep import vary
 from memray.trial import (
     Checkpoint,
@@ -31,6 +33,7 @@ from memray.trial import (
     known_strings,
     prepare,
     run_trial,
+    source_of,
 )
 
 SHORT = TrialSpec(strings=StringsSpec(length=48, alphabet_size=7), training=TrainingSpec(epochs=12))
@@ -58,7 +61,13 @@ def test_every_epoch_is_measured_once_and_probe_epochs_hold_the_held_out_strings
     measured = list(run_trial(changed({"probes.epochs": (0, 2, 5)})))
     assert [each.epoch for each in measured] == list(range(13))
     assert [each.epoch for each in measured if "guessing/heldout_accuracy" in each.metrics] == [0, 2, 5, 12]
+    for key in ("older/counterfactual", "older/exposure_bits"):
+        assert [each.epoch for each in measured if key in each.metrics] in ([], [0, 2, 5, 12]), key
+    for key in ("older/contextual", "older/longest_run_tokens", "older/windows_right_32"):
+        assert all(key in each.metrics for each in measured), key
+    assert not any("older/windows_right_50" in each.metrics for each in measured), "47 targets have no such window"
     assert [each.epoch for each in measured if "phase/memorisation" in each.metrics] in ([], [12])
+    assert {each.epoch for each in measured for key in each.metrics if key.startswith("order/")} <= {12}
     assert all("recall/robust" in each.metrics for each in measured)
     assert all(math.isfinite(value) for each in measured for value in each.metrics.values())
 
@@ -73,21 +82,81 @@ def test_a_trial_repeats_to_the_bit_whatever_the_process_ran_before() -> None:
     assert records(list(run_trial(SHORT, shelf=shelf))) == alone
 
 
+def test_a_trial_logs_the_entropy_rate_of_its_source() -> None:
+    text = {"strings.kind": "text", "strings.path": __file__, "strings.alphabet_size": 26}
+    repeated = {"strings.kind": "repeated", "strings.motif_length": 16}
+    for source, bits in (({}, math.log2(7)), (repeated, 16 * math.log2(7) / 48), (text, None)):
+        first = next(iter(run_trial(changed(source))))
+        assert first.metrics.get("string/entropy_rate_bits") == (bits and pytest.approx(bits))
+        assert "guessing/kl_bits" in first.metrics
+
+
+def test_markov_strings_of_one_trial_share_transitions_that_move_with_the_replicate() -> None:
+    markov = {"strings.kind": "markov", "strings.conditional_entropy_bits": 1e-6, "strings.num_strings": 2}
+    successors = []
+    for string_seed in (0, 1):
+        material = prepare(changed(markov | {"string_seed": string_seed}))
+        texts = [known.text for known in material.known_trained + material.known_held_out]
+        pairs = {pair for text in texts for pair in itertools.pairwise(text)}
+        assert len(pairs) == 7, "each symbol has one successor, in all strings of the trial"
+        successors.append(pairs)
+    assert successors[0] != successors[1]
+
+
+def test_the_strings_of_a_text_are_passages_of_it(tmp_path: Path) -> None:
+    words = "".join(ALPHABETS["latin"][k] for k in np.random.default_rng(0).integers(26, size=600))
+    (tmp_path / "text").write_text(" ".join(words))  # the tokenizer does not know spaces
+    text = {"strings.kind": "text", "strings.path": str(tmp_path / "text"), "strings.alphabet_size": 26}
+    material = prepare(changed(text | {"strings.num_strings": 2, "training.strings_per_step": 2}))
+    strings = [known.text.replace(" ", "") for known in material.known_trained + material.known_held_out]
+    places = sorted(words.index(string) for string in strings)
+    assert all(later - earlier >= 48 for earlier, later in itertools.pairwise(places))
+    tokenizer = load_tokenizer(SHORT.model)
+    assert tokenizer.batch_decode(material.trained.ids) == strings[:2]
+    fewer = prepare(changed(text | {"probes.num_held_out": 1}))
+    assert fewer.known_trained[0].text == material.known_trained[0].text
+    assert fewer.known_held_out[0].text == material.known_held_out[0].text
+    assert fewer.symbol_ids.tolist() == material.symbol_ids.tolist(), (
+        "what is looked at decides nothing that is trained"
+    )
+    assert isinstance(material.source, TextSource)
+    assert material.source.num_left_out == 599
+
+
+def test_a_text_too_short_for_the_trained_and_the_held_out_strings_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("ab c" * 100)
+    spec = changed({"strings.kind": "text", "strings.path": str(tmp_path / "text"), "strings.alphabet_size": 26})
+    with pytest.raises(ValueError, match=r"at least 528 tokens, 48 for each of 11 .* it has 300 .* \(and 100 special"):
+        prepare(spec)
+    assert len(prepare(changed({"probes.num_held_out": 5}, spec)).known_held_out) == 5
+
+
 def test_seeds_decide_string_and_weights() -> None:
     first = records(list(run_trial(SHORT)))
     assert records(list(run_trial(changed({"string_seed": 1})))) != first
     assert records(list(run_trial(changed({"model_seed": 1})))) != first
 
 
-def test_measures_of_the_records_are_those_of_the_trial_to_the_bit() -> None:
-    spec = changed({"strings.num_strings": 3, "strings.entropy_bits": 1.5, "training.strings_per_step": 3})
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"strings.entropy_bits": 1.5},
+        {"strings.kind": "markov", "strings.order": 2, "strings.conditional_entropy_bits": 1.0},
+        {"strings.kind": "repeated", "strings.motif_length": 12},
+        {"strings.kind": "hierarchical", "strings.motif_length": 4, "strings.branching": 3},
+        {"strings.kind": "text", "strings.path": __file__, "strings.alphabet_size": 26},
+    ],
+    ids=lambda source: source.get("strings.kind", "iid"),
+)
+def test_measures_of_the_records_are_those_of_the_trial_to_the_bit(source: dict[str, Any]) -> None:
+    spec = changed({"strings.num_strings": 3, "training.strings_per_step": 3} | source)
     measured = list(run_trial(spec))
     # As the ledger holds them: two segments each.
     tokens = pa.concat_tables([token_table(measured[:5]), token_table(measured[5:])])
     strings = pa.concat_tables([string_table(measured[:5]), string_table(measured[5:])], promote_options="default")
     symbol_ids = prepare(spec).symbol_ids
-    _, known = known_strings(spec, symbol_ids, "trained")
-    _, known_held_out = known_strings(spec, symbol_ids, "held_out")
+    _, known = known_strings(spec, source_of(spec), symbol_ids, "trained")
+    _, known_held_out = known_strings(spec, source_of(spec), symbol_ids, "held_out")
     again = remeasure(spec, known, known_held_out, tokens, strings)
     assert records(again) == records(measured)
     assert repr([each.strings for each in again]) == repr([each.strings for each in measured])  # nan equals nan here
@@ -144,7 +213,7 @@ def test_compared_strings_are_those_that_the_trial_reports() -> None:
     spec = changed({"strings.num_strings": 4})
     on_all = list(run_trial(spec))
     on_one = list(run_trial(changed({"strings.num_strings": 4, "probes.compared_strings": 1})))
-    assert on_one[3].strings == on_all[3].strings
+    assert repr(on_one[3].strings) == repr(on_all[3].strings)  # nan equals nan here
     assert on_one[3].metrics["recall/nll_nats"] == on_all[3].strings[0]["recall/nll_nats"]
     mean = np.mean([row["recall/nll_nats"] for row in on_all[3].strings if row["role"] == "trained"])
     assert on_all[3].metrics["recall/nll_nats"] == pytest.approx(mean)
@@ -165,6 +234,22 @@ def test_an_untrained_tiny_model_guesses_and_then_recalls() -> None:
     assert measured[-1].metrics["recall/robust"] > 0.7
     assert measured[-1].metrics["guessing/heldout_accuracy"] < 0.2
     assert 0 < measured[-1].metrics["phase/epochs_to_robust_50"] < 60
+    assert measured[-1].metrics["older/exposure_bits"] > 10 * measured[0].metrics["older/exposure_bits"]
+    assert_order_of_records(spec, measured)
+
+
+def assert_order_of_records(spec: TrialSpec, measured: list[Measurement]) -> None:
+    """The order that a trial logs is the one that its token table gives."""
+    (string,) = prepare(spec).known_trained
+    tokens = token_table(measured).to_pandas()
+    log_prob = tokens[~tokens.is_held_out].pivot(index="epoch", columns="position", values="log_prob")
+    acquired = acquisition_epochs(log_prob.to_numpy(), log_prob.index.to_numpy(), string.truth.guesser)
+    metrics, order = measured[-1].metrics, positional_order(acquired, rng=np.random.default_rng(0))
+    assert metrics["order/spearman"] == order.spearman.value
+    assert metrics["order/kendall"] == order.kendall.value
+    assert metrics["order/acquired_share"] == np.mean(~np.isnan(acquired)) > 0.5
+    assert metrics["order/spearman_p"] == pytest.approx(order.spearman.p_value, abs=0.07), "other permutations"
+    assert 0 < metrics["order/runs_p"] <= 1
 
 
 def test_an_accelerator_that_is_not_there_is_an_error_and_no_fall_back() -> None:
@@ -252,7 +337,7 @@ class LateProber:
         self.held_out = held_out
         self.waited_for: list[int] = []
 
-    def look(self, epoch: int, engine: Engine) -> Look:
+    def look(self, epoch: int, engine: Engine, *, with_context: bool) -> Look:
         prober, scores = self, engine.score(self.held_out)
 
         class Late:
@@ -296,7 +381,7 @@ def test_a_look_that_scores_the_trained_strings_otherwise_ends_the_trial() -> No
     assert material.held_out is not None
 
     class Wrong(LateProber):
-        def look(self, epoch: int, engine: Engine) -> Look:
+        def look(self, epoch: int, engine: Engine, *, with_context: bool) -> Look:
             scores = engine.score(material.trained)
             return Ready(Looked(None, replace(scores, log_prob=scores.log_prob + np.float32(1e-6))))
 
@@ -321,3 +406,56 @@ def test_the_batches_of_an_epoch_give_the_trainers_scores_again_bit_for_bit() ->
 def test_a_trial_of_many_devices_is_refused_in_one_process() -> None:
     with pytest.raises(ValueError, match=r"one process runs trials of engine 'torch', but trial .* `run` starts them"):
         list(run_trial(changed({"compute.engine": "deepspeed"})))
+
+
+CONTEXT = ContextSpec(epochs=(1,), lengths=(0, 2), replacements=("source", "none"), redraws=2, extractable=(4,))
+
+
+def test_the_context_is_probed_at_the_chosen_epochs_and_at_the_last() -> None:
+    spec = TrialSpec(
+        strings=StringsSpec(length=12, alphabet_size=3),
+        training=TrainingSpec(epochs=3),
+        probes=ProbesSpec(epochs=(0, 1), num_held_out=2, context=CONTEXT),
+    )
+    measurements = list(run_trial(spec))
+    for key in ("context/local_2_source", "context/local_full_source", "context_heldout/local_2_none", "extractable/4"):
+        assert [each.epoch for each in measurements if key in each.metrics] == [1, 3], key
+    full = measurements[-1].context["trained"].of(None)
+    last = measurements[-1].tokens["trained"]
+    np.testing.assert_allclose(full.log_prob, last.log_prob, atol=1e-5)
+    assert np.array_equal(full.is_right, last.argmax == full_ids(spec))
+
+
+def full_ids(spec: TrialSpec) -> np.ndarray:
+    return prepare(spec).known_trained[0].truth.target_ids
+
+
+def test_the_epoch_at_which_training_is_stopped_has_the_context_too() -> None:
+    spec = TrialSpec(
+        strings=StringsSpec(length=12, alphabet_size=3),
+        training=TrainingSpec(epochs=30, stop_when=StopWhen(metric="recall/token_accuracy", at_least=0.0, epochs=3)),
+        probes=ProbesSpec(epochs=(0, 1, 2), num_held_out=1, context=CONTEXT),
+    )
+    measurements = list(run_trial(spec))
+    assert [each.epoch for each in measurements if each.context] == [1, 2]
+    assert measurements[-1].epoch == 2
+
+
+def test_what_the_context_probe_showed_is_read_back_and_measured_again() -> None:
+    spec = TrialSpec(
+        strings=StringsSpec(length=12, alphabet_size=3, num_strings=2),
+        training=TrainingSpec(epochs=2),
+        probes=ProbesSpec(epochs=(0, 1), num_held_out=2, context=CONTEXT),
+    )
+    measurements, material = list(run_trial(spec)), prepare(spec)
+    context = context_table(measurements)
+    again = remeasure(
+        spec,
+        material.known_trained,
+        material.known_held_out,
+        token_table(measurements),
+        string_table(measurements),
+        context,
+    )
+    assert [each.record() for each in again] == [each.record() for each in measurements]
+    assert context_table(again) == context

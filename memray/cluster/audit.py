@@ -128,4 +128,4 @@ def remeasured(trial: TrialSpec, folder: TrialFolder) -> list[dict[str, Any]]:
     source = source_of(spec)
     _, trained = known_strings(spec, source, symbol_ids, "trained")
     _, held_out = known_strings(spec, source, symbol_ids, "held_out")
-    return [each.record() for each in remeasure(spec, trained, held_out, tokens, strings)]
+    return [each.record() for each in remeasure(spec, trained, held_out, tokens, strings, folder.context())]

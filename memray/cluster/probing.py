@@ -22,7 +22,7 @@ from memray.finetune import Engine, as_tensor, lower_weights, scoring_passes
 from memray.models import load_model
 from memray.scoring import TokenScores, score
 from memray.spec import TrialSpec
-from memray.trial import Look, Looked, Material, Ready, forwards_of_epoch, prepare, set_device
+from memray.trial import Look, Looked, Material, Ready, forwards_of_epoch, look_at_context, prepare, set_device
 
 # Snapshots of one trial that exist at once: as many as fit into this, and two at least. Probe epochs come thick and
 # fast at the start, so that small models queue up there; a trial that is looked at faster than it is scored waits.
@@ -30,12 +30,12 @@ IN_FLIGHT_GIB = 0.5
 IN_FLIGHT_AT_LEAST = 2
 
 
-def look(spec_json: str, epoch: int, weights: Mapping[str, ndarray]) -> tuple[Looked, float]:
+def look(spec_json: str, epoch: int, with_context: bool, weights: Mapping[str, ndarray]) -> tuple[Looked, float]:
     """In an actor: what the weights of an epoch say, and the time at which that was known (seconds since 1970).
 
     The strings and the model of the last trial are kept.
     """
-    return score_snapshot(prepared(spec_json), epoch, weights), time.time()
+    return score_snapshot(prepared(spec_json), epoch, weights, with_context=with_context), time.time()
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def prepared(spec_json: str) -> Prepared:
     return Prepared(spec, device, prepare(spec), model)
 
 
-def score_snapshot(looker: Prepared, epoch: int, weights: Mapping[str, ndarray]) -> Looked:
-    """Scores the held-out and the trained strings under a snapshot."""
+def score_snapshot(looker: Prepared, epoch: int, weights: Mapping[str, ndarray], *, with_context: bool) -> Looked:
+    """Scores the held-out and the trained strings under a snapshot, and probes their context."""
     spec, model, material = looker.spec, looker.model, looker.material
     dtypes = {name: weight.dtype for name, weight in model.state_dict().items()}
     model.load_state_dict({name: as_tensor(array, dtypes[name]) for name, array in weights.items()})
@@ -73,7 +73,8 @@ def score_snapshot(looker: Prepared, epoch: int, weights: Mapping[str, ndarray])
 
     with linear_of(spec, looker.device):
         held_out = None if material.held_out is None else scores(scoring_passes(material.held_out))
-        return Looked(held_out, scores(forwards_of_epoch(spec, material.trained, epoch)))
+        trained = scores(forwards_of_epoch(spec, material.trained, epoch))
+        return Looked(held_out, trained, look_at_context(spec, material, model) if with_context else {})
 
 
 @contextlib.contextmanager
@@ -93,6 +94,19 @@ def linear_of(spec: TrialSpec, device: torch.device) -> Iterator[None]:
         torch.nn.functional.linear = usual
 
 
+@dataclass(frozen=True)
+class SnapshotProber:
+    """Looks at snapshots in the main one of several processes that train, while training waits."""
+
+    spec_json: str
+
+    def look(self, epoch: int, engine: Engine, *, with_context: bool) -> Look:
+        snapshot = engine.snapshot()
+        if not engine.is_main:
+            return Ready(Looked(None))
+        return Ready(score_snapshot(prepared(self.spec_json), epoch, snapshot, with_context=with_context))
+
+
 @dataclass
 class ActorProber:
     """Hands a trial's snapshots to probe actors, in turn, a few at a time.
@@ -107,7 +121,7 @@ class ActorProber:
     in_flight: list[Any] = field(default_factory=list)
     num_looks: int = 0
 
-    def look(self, epoch: int, engine: Engine) -> Look:
+    def look(self, epoch: int, engine: Engine, *, with_context: bool) -> Look:
         began_s = time.time()
         snapshot = engine.snapshot()
         if not engine.is_main:
@@ -117,7 +131,7 @@ class ActorProber:
             _, self.in_flight = ray.wait(self.in_flight, num_returns=1)
         actor = self.actors[self.num_looks % len(self.actors)]
         self.num_looks += 1
-        reference = actor.look.remote(self.spec_json, epoch, snapshot)
+        reference = actor.look.remote(self.spec_json, epoch, with_context, snapshot)
         self.in_flight.append(reference)
         return RemoteLook(self, reference, began_s)
 

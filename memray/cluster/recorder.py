@@ -20,7 +20,7 @@ from memray.cluster.ledger import KeptCheckpoint, TrialFolder, Writer
 from memray.cluster.replay import as_trained
 from memray.cluster.resources import is_on_cpu
 from memray.finetune import Engine
-from memray.measurement import MEASURE_VERSIONS, TRAINED, Measurement, string_table, token_table
+from memray.measurement import MEASURE_VERSIONS, TRAINED, Measurement, context_table, string_table, token_table
 from memray.spec import TrialSpec
 from memray.trial import Checkpoint
 
@@ -94,7 +94,8 @@ class Recorder:
     def _write(self) -> None:
         if self.gathered:
             gathered = self.gathered
-            self.writer.append([each.record() for each in gathered], token_table(gathered), string_table(gathered))
+            records = [each.record() for each in gathered]
+            self.writer.append(records, token_table(gathered), string_table(gathered), context_table(gathered))
             for each in gathered:
                 if each.weights is not None:
                     self.writer.keep_weights(each.epoch, each.weights)

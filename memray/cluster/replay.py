@@ -11,6 +11,7 @@ from memray.cluster.probing import prepared, score_snapshot
 from memray.measurement import TRAINED, Measurement, Measurer, read_scores
 from memray.scoring import TokenScores
 from memray.spec import TrialSpec
+from memray.trial import Looked, has_context
 
 
 def is_kept(spec: TrialSpec, trained: TrialFolder) -> bool:
@@ -34,13 +35,13 @@ def from_kept_weights(spec: TrialSpec, trained: TrialFolder) -> Iterator[Measure
     read = read_scores(trained.tokens(), trained.strings())
     for epoch, scores, _ in read:
         is_last = epoch == read[-1][0]
-        looked = None
+        looked = Looked(None)
         if is_last or epoch in spec.probes.epochs:
-            looked = score_snapshot(model, epoch, trained.read_weights(paths[epoch]))
+            with_context = has_context(spec, epoch, is_last=is_last)
+            looked = score_snapshot(model, epoch, trained.read_weights(paths[epoch]), with_context=with_context)
             assert looked.trained is not None
             _check(spec, epoch, looked.trained, scores)
-        held_out = looked.held_out if looked else None
-        yield measurer.measure(epoch, scores, held_out, is_last=is_last)
+        yield measurer.measure(epoch, scores, looked.held_out, context=looked.context, is_last=is_last)
 
 
 def as_trained(spec: TrialSpec, measurements: Iterable[Measurement], trained: TrialFolder) -> Iterator[Measurement]:

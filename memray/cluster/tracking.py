@@ -42,6 +42,8 @@ METRICS_PER_CALL = 1000
 PARAMS_PER_CALL = 100
 # Lines that a chart can bear, and runs that a link can name.
 CELLS_PER_PAGE = 20
+# Measures that stand at the last epoch of each trial alone.
+AT_LAST = ("phase/", "order/")
 # The tag that holds the traceback of a trial that failed.
 FAILURE = "memray.failure"
 TRACKING_ERRORS = (MlflowException, OSError)
@@ -191,7 +193,10 @@ class Tracker:
 
     def _send_tables(self, run_id: str, folder: TrialFolder) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            for name, table in (("tokens", folder.tokens()), ("strings", folder.strings())):
+            tables = {"tokens": folder.tokens(), "strings": folder.strings(), "context": folder.context()}
+            for name, table in tables.items():
+                if table.num_columns == 0:
+                    continue
                 path = Path(scratch) / f"{name}.parquet"
                 pq.write_table(table, path, compression="zstd")
                 self.client.log_artifact(run_id, str(path))
@@ -324,7 +329,7 @@ def cell_measurements(replicates: Sequence[Sequence[Mapping[str, Any]]]) -> list
         metrics: dict[str, float] = {}
         if len(present) == len(replicates):
             # The phases stand at each replicate's own last epoch, which `stop_when` may have moved: see below.
-            for key in dict.fromkeys(key for each in present for key in each if not key.startswith("phase/")):
+            for key in dict.fromkeys(key for each in present for key in each if not key.startswith(AT_LAST)):
                 metrics |= _over_replicates(key, np.array([each.get(key, np.nan) for each in present]))
         merged.append({"epoch": epoch, "metrics": metrics})
     last = [records[-1]["metrics"] for records in replicates if records]
@@ -344,7 +349,7 @@ def _over_replicates(key: str, values: np.ndarray) -> dict[str, float]:
 
 def _last_of_all(last: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The phases of all replicates."""
-    keys = dict.fromkeys(key for each in last for key in each if key.startswith("phase/"))
+    keys = dict.fromkeys(key for each in last for key in each if key.startswith(AT_LAST))
     merged: dict[str, float] = {}
     for key in keys:
         merged |= _over_replicates(key, np.array([each.get(key, np.nan) for each in last]))

@@ -113,7 +113,7 @@ def _of_worker(error: Exception) -> Exception:
 def _work(config: dict[str, Any]) -> None:
     """What runs in each worker."""
     from memray.cluster.engine import DeepSpeedEngine
-    from memray.cluster.probing import ActorProber
+    from memray.cluster.probing import ActorProber, SnapshotProber
     from memray.cluster.recorder import Recorder
     from memray.cluster.weights import fetch
     from memray.trial import ModelShelf, run_trial
@@ -124,7 +124,9 @@ def _work(config: dict[str, Any]) -> None:
     if not is_on_cpu(spec):
         torch.cuda.set_device(get_device())
     shelf = ModelShelf(functools.partial(fetch, owner) if owner is not None else None, keeps_model=False)
-    prober = ActorProber(config["spec"], actors) if actors else None
+    # Where the weights are shards, a probe of the context needs them whole.
+    own = SnapshotProber(config["spec"]) if spec.probes.context else None
+    prober = ActorProber(config["spec"], actors) if actors else own
     recorder = Recorder(spec, config["writer"], config["checkpoint"], trained=config["trained"], is_main=rank == 0)
     engines: list[DeepSpeedEngine] = []
 
@@ -133,6 +135,6 @@ def _work(config: dict[str, Any]) -> None:
         return engines[0]
 
     def summary() -> dict[str, Any]:
-        return engines[0].communication() | (prober.summary() if prober else {})
+        return engines[0].communication() | (prober.summary() if isinstance(prober, ActorProber) else {})
 
     recorder.record(run_trial(spec, shelf=shelf, make_engine=make_engine, prober=prober, keeper=recorder), summary)

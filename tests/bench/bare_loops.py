@@ -28,8 +28,7 @@ from memray.trial import prepare
 def train(spec: TrialSpec) -> list[Measurement]:
     """One trial of one string, measured at every epoch."""
     material = prepare(spec)
-    marginal = torch.tensor(spec.strings.source().marginal, dtype=torch.float32)
-    alphabet = AlphabetIds(torch.as_tensor(material.symbol_ids), marginal)
+    alphabet = material.alphabet
     measurer = Measurer(spec, material.known_trained, material.known_held_out)
     assert material.held_out is not None
     assert spec.training.learning_rate is not None

@@ -30,7 +30,6 @@ from memray.encoding import Batch
 from memray.families import family
 from memray.finetune import TorchEngine, lower_weights, optimiser
 from memray.models import character_tokenizer, load_model
-from memray.scoring import AlphabetIds
 from memray.spec import ModelSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.trial import prepare
 
@@ -54,9 +53,7 @@ def save_config(size: str, folder: str) -> None:
 
 def engine_step(spec: TrialSpec, model: nn.Module, device: torch.device) -> Callable[[], Any]:
     material = prepare(spec)
-    marginal = torch.tensor(spec.strings.source().marginal, dtype=torch.float32)
-    alphabet = AlphabetIds(torch.as_tensor(material.symbol_ids), marginal)
-    engine = TorchEngine(model.to(device), alphabet, spec.training, device, precision="bf16")
+    engine = TorchEngine(model.to(device), material.alphabet, spec.training, device, precision="bf16")
     return lambda: engine.step(material.trained, RATE)
 
 

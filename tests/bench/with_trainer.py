@@ -19,12 +19,11 @@ from typing import Any
 # Ray's daemons listen on every interface: without a token anybody could run code here.
 os.environ["RAY_AUTH_MODE"] = "token"
 
-import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from memray.measurement import Measurer
 from memray.models import load_model
-from memray.scoring import AlphabetIds, score
+from memray.scoring import score
 from memray.spec import TrialSpec
 from memray.sweep import Sweep, load
 from memray.trial import Material, prepare
@@ -36,10 +35,9 @@ class MeasureEachEpoch(TrainerCallback):
     """Measures the trained string at every epoch, the held-out strings at the probe epochs."""
 
     def __init__(self, spec: TrialSpec, material: Material, log: Log) -> None:
-        marginal = torch.tensor(spec.strings.source().marginal, dtype=torch.float32)
         self.spec = spec
         self.material = material
-        self.alphabet = AlphabetIds(torch.as_tensor(material.symbol_ids), marginal)
+        self.alphabet = material.alphabet
         self.measurer = Measurer(spec, material.known_trained, material.known_held_out)
         self.log = log
 

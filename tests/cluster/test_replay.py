@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from memray.cluster.audit import remeasured
 from memray.cluster.ledger import Ledger, TrialFolder
 from memray.cluster.recorder import Recorder
 from memray.cluster.replay import from_kept_weights, is_kept
 from memray.cluster.tracking import results
 from memray.measurement import Measurement
+from memray.probes import ContextSpec
 from memray.spec import ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.sweep import Sweep, load
 from memray.trial import ModelShelf, run_trial
@@ -21,7 +23,8 @@ FIRST = TrialSpec(
     training=TrainingSpec(epochs=4, keep_weights="probe_epochs"),
     probes=ProbesSpec(epochs=(0, 2), num_held_out=1),
 )
-LATER = FIRST.model_copy(update={"probes": ProbesSpec(epochs=(2,), num_held_out=3)})
+CONTEXT = ContextSpec(epochs=(2,), lengths=(0, 3), replacements=("source", "none"), redraws=2, extractable=(4,))
+LATER = FIRST.model_copy(update={"probes": ProbesSpec(epochs=(2,), num_held_out=3, context=CONTEXT)})
 
 
 def ledger_of(spec: TrialSpec, folder: Path) -> Ledger:
@@ -53,9 +56,11 @@ def test_kept_weights_and_training_again_show_the_same(tmp_path: Path) -> None:
     own = run(FIRST, ledger_of(FIRST, tmp_path))
     assert is_kept(LATER, own)
     expected = records(list(run_trial(LATER, shelf=SHELF)))
+    assert "context/local_3_source" in expected[2]["metrics"]
     assert records(list(from_kept_weights(LATER, own))) == expected
     again = run(LATER, ledger_of(LATER, tmp_path))
     assert again.measurements()[0] == expected
+    assert remeasured(LATER, again) == expected
     assert again.verify() == []
     assert own.verify() == []
 
@@ -85,6 +90,7 @@ STUDY = '''"""Is a finished trial looked at again?
 Hypothesis: yes.
 """
 
+from memray.probes import ContextSpec
 from memray.spec import ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.sweep import Scale, Sweep, vary
 
