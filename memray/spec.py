@@ -385,6 +385,7 @@ class TrialSpec(Part):
         self._check_vocabulary()
         self._check_steps()
         self._check_frozen()
+        self._check_context()
         if self.probes.compared_strings > self.strings.num_strings:
             raise ValueError(
                 f"probes.compared_strings must be at most strings.num_strings, but got {self.probes.compared_strings} "
@@ -447,6 +448,16 @@ class TrialSpec(Part):
             raise ValueError(
                 f"training.strings_per_forward must divide the {self.strings_per_worker} strings that a worker has in "
                 f"a step, but got {forward}; take a divisor, or 0 for one forward pass a step"
+            )
+
+    def _check_context(self) -> None:
+        context = self.probes.context
+        if context is None or self.strings.kind != "text":
+            return
+        if "other_string" in context.replacements or (context.grid and context.grid_replacement == "other_string"):
+            raise ValueError(
+                "probes.context: the replacement 'other_string' draws strings that were never trained, but a text has "
+                "only its own passages; leave it out"
             )
 
     def _check_frozen(self) -> None:

@@ -182,9 +182,17 @@ def test_the_guesser_follows_the_source_where_structure_fixes_the_symbols():
     targets = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2])
     conditional = np.vstack([np.full((3, 3), 1 / 3), np.eye(3)[targets[3:]]])
     guesser = best_guesser(targets, conditional)
-    np.testing.assert_allclose(guesser.log2_probability[3:], 0.0)
+    np.testing.assert_allclose(guesser.log2_probability[3:], 0.0, atol=0)
     np.testing.assert_allclose(guesser.log2_probability[:3], -math.log2(3))
     assert guesser.accuracy == 7 / 9  # of the three free symbols arg-max names the first
+
+
+def test_of_the_symbols_that_structure_leaves_open_the_guesser_knows_the_frequencies():
+    targets = np.array([0, 0, 0, 1] * 3)
+    conditional = np.vstack([np.full((4, 3), 1 / 3), np.eye(3)[targets[4:]]])
+    guesser = best_guesser(targets, conditional)
+    np.testing.assert_allclose(2**guesser.log2_probability, [0.75, 0.75, 0.75, 0.25] + [1] * 8)
+    assert guesser.accuracy == pytest.approx(11 / 12)
 
 
 def test_a_source_that_rules_out_a_symbol_of_the_string_is_no_guesser_of_it():
