@@ -288,6 +288,51 @@ def status(sweep: SweepFile, parameters: Parameters = None, storage: Storage = "
 
 
 @app.command()
+def report(
+    sweep: SweepFile, parameters: Parameters = None, storage: Storage = "runs", tracking_uri: TrackingUri = None
+) -> None:
+    """Writes what a sweep has shown as one HTML page, with its figures as files, and puts them on its MLflow run."""
+    loaded = _load(sweep, parameters)
+    from memray.cluster.mirror import code_tags, default_tracking_uri
+    from memray.cluster.tracking import results
+    from memray.report.page import write_report
+    from memray.report.provenance import provenance
+
+    with _exit_codes():
+        ledger = _ledger(storage, loaded)
+        uri = tracking_uri or default_tracking_uri(storage)
+        is_local = "://" not in storage
+        folder = Path(storage, loaded.name, "report") if is_local else Path("report", loaded.name)
+        frame = results(loaded, storage=storage)
+        finished = [ledger.trial(trial.trial_id()).finished() for trial in loaded.trials]
+        stands_on = provenance(loaded, [each.summary for each in finished if each], code_tags())
+        record, guesser = _one_string(loaded, ledger, frame)
+        page, *_ = write_report(loaded, frame, folder, record=record, guesser=guesser, provenance=stands_on)
+    out.print(f"report: {page.absolute()}", soft_wrap=True, markup=False)
+    mirror = _mirror(loaded, ledger, uri, storage)
+    mirror.send_folder(folder, "report")
+    if mirror.error is not None:
+        err.print(f"MLflow at {uri} lacks the report ({mirror.error}); call `report` again for it", markup=False)
+
+
+def _one_string(sweep: Sweep, ledger: Any, frame: Any) -> tuple[Any, Any]:
+    """The records of the string that is recalled best, and its best guesser; None each where they are not to be had."""
+    if not len(frame):
+        return None, None
+    from memray.report.one_string import StringRecord, best_recalled
+    from memray.trial import known_strings
+
+    trial = best_recalled(sweep, frame)
+    folder = ledger.trial(trial.trial_id())
+    strings = folder.strings().to_pandas()
+    record = StringRecord.of(trial, folder.tokens().to_pandas(), strings)
+    if record is None or trial.strings.kind == "text":  # whose source only the model's tokenizer knows
+        return record, None
+    _, (first, *_) = known_strings(trial, trial.source(), strings["symbol_ids"].iloc[0], "trained")
+    return record, first.truth.guesser
+
+
+@app.command()
 def sync(
     sweep: SweepFile, parameters: Parameters = None, storage: Storage = "runs", tracking_uri: TrackingUri = None
 ) -> None:

@@ -141,6 +141,15 @@ class Mirror:
         notes = [self.ledger.trial(trial.trial_id()).noted("mlflow") or {} for trial in finished]
         return sum(not (note.get("complete") and note.get("uri") == self.uri) for note in notes)
 
+    def send_folder(self, folder: Path, name: str) -> None:
+        """Puts a folder's files on the sweep's run, under a name; what kept them from it is then in `error`."""
+        self.error = None
+        try:
+            self._connected().log_folder(folder, name)
+        except Exception as error:  # as in `_run`
+            self.error = error
+        self._lease.close()
+
     def _send_all(self, failed: int) -> None:
         tracker = self._connected()
         for trial in self.sweep.trials:

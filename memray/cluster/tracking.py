@@ -280,6 +280,15 @@ class Tracker:
         if parent.info.status != status:
             self.client.set_terminated(self.parent_id, status)
 
+    def log_folder(self, folder: Path, name: str) -> None:
+        """Puts a folder's files among the artifacts of the parent run, unless these very files are there already."""
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        lines = [f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in paths]
+        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        if self.client.get_run(self.parent_id).data.tags.get(f"memray.{name}") != digest:
+            self.client.log_artifacts(self.parent_id, str(folder), name)
+            self.client.set_tag(self.parent_id, f"memray.{name}", digest)
+
     def pages(self) -> dict[str, str]:
         """Where to look in MLflow, by what is seen there; paths below the server's address.
 

@@ -120,7 +120,9 @@ def spec_values(trial: TrialSpec) -> dict[str, Any]:
     `params()` states the nominal entropy of a uniform source, which follows from its alphabet: two uniform alphabets
     differ in one field, not in two. Here a uniform source has the entropy None.
     """
-    values = trial.params() | {"strings.entropy_bits": trial.strings.entropy_bits}
+    values: dict[str, Any] = {**trial.params()}
+    if trial.strings.entropy_bits is None and trial.strings.kind != "text":  # a text has no entropy that is known
+        values["strings.entropy_bits"] = None
     return {name: value for name, value in values.items() if name not in SEEDS}
 
 

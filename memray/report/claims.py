@@ -1,0 +1,374 @@
+"""The claims that a study is judged on: supported, contradicted or undecided, from its own data.
+
+The rule. The unit is the string. The effect is that of the last level on the first (or of a single cell on itself),
+with the 95 % interval of `effects`: of two levels Hodges and Lehmann's shift, of logarithms where a claim is relative,
+with replicates that were never reached as the latest; of one cell the mean. Its p-value is the smallest alpha at which
+the 1 - alpha interval lies beyond the smallest effect of interest, so that Holm's adjustment over the table takes each
+interval at its own level. Where a claim is that something moves with an ordered factor, and this has more than two
+levels, Jonckheere and Terpstra's test over all of them must show the same direction: the larger p-value counts. A row
+is *supported* where the adjusted p-value on the claimed side is at most 0.05, *contradicted* where that on the other
+side is, else *undecided*, as is every row with fewer than five replicates a level, which takes no part in Holm's
+adjustment. Of the replicates that would decide it, the table says how many more than chance would need at a power of
+80 %, if the effect stayed what it is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from memray.measures.statistics import Interval, holm, jonckheere_terpstra
+from memray.report import SPEED
+from memray.report.effects import Effect, Mean, Shift
+from memray.report.estimands import (
+    ALPHABET_SIZE,
+    ENTROPY,
+    Estimand,
+    Evidence,
+    in_each_cell,
+    interaction_with_entropy,
+    onset_by_in_context_inference,
+    over,
+    over_alphabets_at_entropy,
+    over_compressibility,
+    over_num_strings,
+    pretrained_and_untrained,
+    short_prefix_against_full,
+    source_against_foreign,
+    together,
+)
+from memray.report.placements import varies_placement
+from memray.report.replicates import (
+    accuracy_at_onset,
+    accuracy_beyond_robust,
+    difference,
+    first,
+    last,
+    plateau,
+    seen_cells,
+)
+from memray.sweep import Sweep
+
+LEVEL = 0.95
+ALPHA = 1 - LEVEL
+ENOUGH_REPLICATES = 5
+PERMUTATIONS = 9_999
+
+# What is claimed of the effect: that it lies above or below the smallest effect of interest, within it, beyond it on
+# either side, or anywhere but above it.
+Direction = Literal["rises", "falls", "stays", "moves", "does not rise"]
+Judgement = Literal["supported", "contradicted", "undecided"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One claim, and how it is judged.
+
+    Attributes:
+        id: As it is cited.
+        sentence: What is claimed.
+        source: Who says so.
+        studies: The sweeps that were made to judge it.
+        estimand: What it is judged by.
+        measured: What the effect is, in words.
+        direction: What is claimed of the effect.
+        smallest: The smallest effect of interest, at least 0.
+        unit: Of the effect; "relative" is a change as a share of the first level.
+    """
+
+    id: str
+    sentence: str
+    source: str
+    studies: tuple[str, ...]
+    estimand: Estimand
+    measured: str
+    direction: Direction
+    smallest: float
+    unit: str
+
+    @property
+    def is_relative(self) -> bool:
+        return self.unit == "relative"
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The smallest effect of interest downwards and upwards, on the scale on which the effect is computed."""
+        if self.is_relative:
+            return math.log1p(-self.smallest), math.log1p(self.smallest)
+        return -self.smallest, self.smallest
+
+
+RANDOM_STRINGS = "arXiv 2407.19262"
+SPEED_TEXT = f"change of {SPEED}"
+
+CLAIMS = (
+    Claim(
+        id="A1", sentence="Memorisation comes in two phases, guessing and recall.", source=RANDOM_STRINGS,
+        studies=("dynamics",), estimand=in_each_cell(plateau),
+        measured="epochs from the distribution's being learned to the onset of memorisation; where it was not learned "
+        "although memorisation set in, it counts as learned after the last epoch",
+        direction="rises", smallest=2.0, unit="epochs",
+    ),
+    Claim(
+        id="A2", sentence="The two phases appear in every family.", source=RANDOM_STRINGS,
+        studies=("model_family",), estimand=in_each_cell(plateau), measured="as A1, in each family",
+        direction="rises", smallest=2.0, unit="epochs",
+    ),
+    Claim(
+        id="A3", sentence="Strings over smaller alphabets are memorised later.", source=RANDOM_STRINGS,
+        studies=("alphabet", "schedule"), estimand=over(ALPHABET_SIZE, kinds=("iid",)),
+        measured=f"{SPEED_TEXT} from the smallest to the largest alphabet",
+        direction="falls", smallest=0.10, unit="relative",
+    ),
+    Claim(
+        id="A4", sentence="Strings over smaller alphabets are guessed better.", source=RANDOM_STRINGS,
+        studies=("alphabet",),
+        estimand=together(
+            over(ALPHABET_SIZE, first("string/guesser_accuracy"), what="accuracy of the best guesser"),
+            over(ALPHABET_SIZE, accuracy_at_onset, what="token accuracy at onset"),
+        ),
+        measured="difference of accuracy from the smallest to the largest alphabet",
+        direction="falls", smallest=0.05, unit="of tokens",
+    ),
+    Claim(
+        id="A5", sentence="Strings of higher entropy are memorised faster, with the alphabet held.",
+        source=RANDOM_STRINGS, studies=("entropy", "schedule"), estimand=over(ENTROPY, kinds=("iid",)),
+        measured=f"{SPEED_TEXT} from the lowest to the highest entropy",
+        direction="falls", smallest=0.10, unit="relative",
+    ),
+    Claim(
+        id="A6", sentence="At equal entropy the size of the alphabet has no effect.", source=RANDOM_STRINGS,
+        studies=("alphabet_at_entropy",), estimand=over_alphabets_at_entropy,
+        measured=f"{SPEED_TEXT} from the smallest to the largest alphabet at equal entropy",
+        direction="stays", smallest=0.10, unit="relative",
+    ),
+    Claim(
+        id="A7", sentence="More predictive short prefixes do not speed memorisation.", source=RANDOM_STRINGS,
+        studies=("conditional_entropy",), estimand=over("strings.conditional_entropy_bits", kinds=("markov",)),
+        measured=f"{SPEED_TEXT} from the most to the least predictive prefixes, at a fixed marginal",
+        direction="does not rise", smallest=0.10, unit="relative",
+    ),
+    Claim(
+        id="A8", sentence="Strings that compress better are not memorised faster for it.", source=RANDOM_STRINGS,
+        studies=("conditional_entropy", "structure"), estimand=over_compressibility,
+        measured=f"{SPEED_TEXT} from the most to the least compressible strings of one entropy",
+        direction="does not rise", smallest=0.10, unit="relative",
+    ),
+    Claim(
+        id="A9", sentence="The effect of entropy survives structure.", source="a next check of " + RANDOM_STRINGS,
+        studies=("structure",), estimand=over(ENTROPY, kinds=("repeated", "hierarchical")),
+        measured=f"{SPEED_TEXT} from the lowest to the highest entropy, among strings of one structure and so of "
+        "equally many novel symbols",
+        direction="falls", smallest=0.10, unit="relative",
+    ),
+    Claim(
+        id="A10", sentence="Untrained models memorise more slowly.", source=RANDOM_STRINGS, studies=("pretraining",),
+        estimand=pretrained_and_untrained, measured=f"{SPEED_TEXT} from pre-trained to untrained models",
+        direction="rises", smallest=0.10, unit="relative",
+    ),
+    Claim(
+        id="A11", sentence="Better inference in context shortens the guessing phase.",
+        source="open question 3 of " + RANDOM_STRINGS, studies=("in_context",),
+        estimand=onset_by_in_context_inference,
+        measured="slope of onset on the held-out KL before training, within a size and family, string by string",
+        direction="rises", smallest=0.0, unit="epochs a bit",
+    ),
+    Claim(
+        id="A12", sentence="Tokens are memorised in no order of position.", source=RANDOM_STRINGS, studies=("order",),
+        estimand=in_each_cell(last("order/spearman")),
+        measured="Spearman correlation of a token's position and the epoch at which it is memorised",
+        direction="stays", smallest=0.1, unit="of 1",
+    ),
+    Claim(
+        id="A13", sentence="Contiguous measures understate recall.", source=RANDOM_STRINGS, studies=("measures",),
+        estimand=in_each_cell(difference("extractable/50", "recall/robust")),
+        measured="50/50 extractability less robust recall, at the last epoch",
+        direction="falls", smallest=0.1, unit="of 1",
+    ),
+    Claim(
+        id="A13", sentence="Raw accuracy overstates recall.", source=RANDOM_STRINGS, studies=("measures",),
+        estimand=in_each_cell(accuracy_beyond_robust),
+        measured="token accuracy less robust recall (at least 0), mean over the epochs before onset",
+        direction="rises", smallest=0.1, unit="of 1",
+    ),
+    Claim(
+        id="A14", sentence="A short local prefix suffices where the distribution is kept.", source=RANDOM_STRINGS,
+        studies=("local_prefix", "context"), estimand=short_prefix_against_full,
+        measured="recall from the last 5–10 % of the prefix after fresh symbols of the source, less that from the full "
+        "prefix",
+        direction="stays", smallest=0.05, unit="of tokens",
+    ),
+    Claim(
+        id="A15", sentence="The distribution of the context matters.", source=RANDOM_STRINGS, studies=("context",),
+        estimand=source_against_foreign,
+        measured="recall from few local tokens after fresh symbols of the source, less that after foreign ones",
+        direction="rises", smallest=0.05, unit="of tokens",
+    ),
+    Claim(
+        id="A16", sentence="The effect of entropy depends on the procedure.",
+        source="open question 1 of " + RANDOM_STRINGS, studies=("mechanism",), estimand=interaction_with_entropy,
+        measured="ratio of T at the highest to T at the lowest entropy: change from the first procedure, each at its "
+        "best rate",
+        direction="moves", smallest=0.10, unit="relative",
+    ),
+    Claim(
+        id="A17", sentence="More strings are memorised more slowly.", source=RANDOM_STRINGS, studies=("dataset_size",),
+        estimand=over_num_strings, measured=f"{SPEED_TEXT}, of the strings that all share, from fewest to most strings",
+        direction="rises", smallest=0.10, unit="relative",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A claim as one place of a study judges it.
+
+    Attributes:
+        claim: What is judged.
+        evidence: On what.
+        estimate: The effect in the claim's unit; nan where the data do not say.
+        interval: Of 95 %; infinite where the data do not bound it.
+        p_values: Of being supported and of being contradicted; nan with too few replicates.
+        adjusted: The smaller of the two after Holm's adjustment over the table.
+        trend_p_value: Of Jonckheere and Terpstra's test over all levels, two-sided; nan where it was not asked.
+        num_replicates: The fewest and the most of a level.
+        verdict: By the rule at the head of this module.
+        deciding: Replicates a level that would decide it; infinite where more than a thousand would, nan where no
+            number would, or it is decided.
+    """
+
+    claim: Claim
+    evidence: Evidence
+    estimate: float
+    interval: Interval
+    p_values: tuple[float, float]
+    adjusted: float
+    trend_p_value: float
+    num_replicates: tuple[int, int]
+    verdict: Judgement
+    deciding: float
+
+
+def claims_of(sweep: Sweep) -> tuple[Claim, ...]:
+    """The claims that a sweep was made to judge."""
+    return tuple(claim for claim in CLAIMS if sweep.name in claim.studies)
+
+
+def judge(sweep: Sweep, frame: pd.DataFrame) -> list[Finding]:
+    """The claims table of a sweep: a row for each claim and place where it can be judged.
+
+    A sweep that was made for no claim judges those about the fields that it moves.
+    """
+    cells = [] if varies_placement(sweep) else seen_cells(sweep, frame)  # there a trial is compared with itself
+    claims = claims_of(sweep)
+    found = [
+        _look(claim, evidence)
+        for claim in claims or CLAIMS
+        for evidence in claim.estimand(cells)
+        if claims or len(evidence.levels) > 1
+    ]
+    adjusted = holm(np.array([min(each.p_values) for each in found], dtype=np.float64))
+    num_tests = int(np.sum(~np.isnan(adjusted)))
+    return [_decide(each, float(p_value), num_tests) for each, p_value in zip(found, adjusted, strict=True)]
+
+
+def _look(claim: Claim, evidence: Evidence) -> Finding:
+    """What the evidence says by itself."""
+    effect = _effect(claim, evidence)
+    sizes = [len(values) for values in evidence.values]
+    trend_p_value, direction = _trend(evidence)
+    finding = Finding(
+        claim=claim,
+        evidence=evidence,
+        estimate=_in_unit(claim, effect.estimate),
+        interval=Interval(*(_in_unit(claim, end) for end in effect.interval(LEVEL))),
+        p_values=(math.nan, math.nan),
+        adjusted=math.nan,
+        trend_p_value=trend_p_value,
+        num_replicates=(min(sizes), max(sizes)),
+        verdict="undecided",
+        deciding=math.nan,
+    )
+    if min(sizes) < ENOUGH_REPLICATES:
+        return finding
+    return replace(finding, p_values=_p_values(claim, effect, trend_p_value, direction))
+
+
+def _effect(claim: Claim, evidence: Evidence) -> Effect:
+    with np.errstate(divide="ignore"):
+        values = [np.log(each) if claim.is_relative else each for each in evidence.values]
+    return Mean(values[0]) if len(values) == 1 else Shift(values[0], values[-1])
+
+
+def _trend(evidence: Evidence) -> tuple[float, int]:
+    """The two-sided p-value of a trend over more than two levels, and its sign; nan and 0 where there are no more."""
+    if len(evidence.values) < 3:
+        return math.nan, 0
+    groups = [np.where(np.isinf(values), np.nan, values) for values in evidence.values]
+    sizes = np.array([len(group) for group in groups])
+    test = jonckheere_terpstra(groups, alternative="two-sided", rng=np.random.default_rng(0), permutations=PERMUTATIONS)
+    return test.p_value, int(np.sign(test.statistic - (sizes.sum() ** 2 - (sizes**2).sum()) / 4))
+
+
+def _p_values(claim: Claim, effect: Effect, trend_p_value: float, trend: int) -> tuple[float, float]:
+    """Of being supported and of being contradicted."""
+    low, high = claim.bounds
+
+    def along(p_value: float, sign: int) -> float:
+        """With the trend over all levels, which must have the same sign."""
+        return p_value if math.isnan(trend_p_value) else max(p_value, trend_p_value if trend == sign else 1.0)
+
+    rises, falls = along(effect.p_above(high), 1), along(effect.p_below(low), -1)
+    inside = max(effect.p_above(low), effect.p_below(high))
+    outside = min(effect.p_above(high), effect.p_below(low))
+    match claim.direction:
+        case "rises":
+            return rises, falls
+        case "falls":
+            return falls, rises
+        case "stays":
+            return inside, outside
+        case "moves":
+            return outside, inside
+        case "does not rise":
+            return effect.p_below(high), rises
+
+
+def _decide(finding: Finding, adjusted: float, num_tests: int) -> Finding:
+    """The verdict, once the whole table is known."""
+    supported, contradicted = finding.p_values
+    if adjusted <= ALPHA:
+        verdict: Judgement = "supported" if supported <= contradicted else "contradicted"
+        return replace(finding, adjusted=adjusted, verdict=verdict)
+    deciding = _deciding(finding.claim, _effect(finding.claim, finding.evidence), ALPHA / max(1, num_tests))
+    # Chance may have kept undecided what so many were likely to decide; with too few, nothing is.
+    least = ENOUGH_REPLICATES if math.isnan(adjusted) else finding.num_replicates[0] + 1
+    if math.isnan(adjusted) and math.isnan(deciding):
+        deciding = least
+    return replace(finding, adjusted=adjusted, deciding=float(np.maximum(deciding, least)))
+
+
+def _deciding(claim: Claim, effect: Effect, alpha: float) -> float:
+    """Replicates a level that would decide a claim in either way, were the effect what it seems.
+
+    Infinite where more than a thousand would, nan where no number would.
+    """
+    low, high = claim.bounds
+    above, below = effect.seeds_above(high, alpha), effect.seeds_below(low, alpha)
+    match claim.direction:
+        case "rises" | "falls":
+            ways = [above, below]
+        case "stays" | "moves":
+            inside = np.maximum(effect.seeds_above(low, alpha), effect.seeds_below(high, alpha))
+            ways = [above, below, inside]
+        case "does not rise":
+            ways = [above, effect.seeds_below(high, alpha)]
+    return float(np.fmin.reduce(ways))
+
+
+def _in_unit(claim: Claim, effect: float) -> float:
+    return math.expm1(effect) if claim.is_relative else effect

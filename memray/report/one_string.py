@@ -1,0 +1,146 @@
+"""One string token by token over the epochs, and the order in which its tokens were memorised: from the records of one
+trial."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from numpy import ndarray
+
+from memray.measures.order import acquisition_epochs
+from memray.measures.recall import Guesser
+from memray.report import column
+from memray.report.charts import Chart, HeatMap, Style, Trace
+from memray.spec import TrialSpec
+from memray.strings import ALPHABETS
+from memray.sweep import Sweep
+
+# Rows of the heat map: more than fit its height show nothing more.
+MAX_EPOCHS_SHOWN = 60
+TIE = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StringRecord:
+    """The first trained string of a trial, with what a model predicted of it.
+
+    Attributes:
+        trial: Whose it is.
+        positions: Of the scored targets in the string.
+        epochs: The evaluated ones, ascending.
+        log_prob: ln p of each target.
+        argmax: Token id of the top prediction, `TIE` where there is none.
+        symbols: The string, symbol by symbol, as people read it.
+        names: Symbols by their token id.
+    """
+
+    trial: TrialSpec
+    positions: Sequence[int]
+    epochs: Sequence[int]
+    log_prob: Float[ndarray, "epochs targets"]
+    argmax: ndarray
+    symbols: Sequence[str]
+    names: dict[int, str]
+
+    @classmethod
+    def of(cls, trial: TrialSpec, tokens: pd.DataFrame, strings: pd.DataFrame) -> StringRecord | None:
+        """From the ledger's records of a trial, per token and per string; None where there are none."""
+        if not len(tokens) or not len(strings):
+            return None
+        own = tokens.loc[~tokens["is_held_out"].astype(bool) & (tokens["string"] == 0)]
+        log_prob = own.pivot(index="epoch", columns="position", values="log_prob").sort_index()
+        argmax = own.pivot(index="epoch", columns="position", values="argmax").sort_index()
+        (first, *_) = strings.loc[(strings["role"] == "trained") & (strings["string"] == 0)].to_dict("records")
+        return cls(
+            trial=trial,
+            positions=[int(each) for each in log_prob.columns],
+            epochs=[int(each) for each in log_prob.index],
+            log_prob=log_prob.to_numpy(dtype=np.float64),
+            argmax=argmax.to_numpy(),
+            symbols=_symbols(str(first["text"]), trial.strings.length),
+            names=dict(zip(map(int, first["symbol_ids"]), ALPHABETS.get(trial.strings.alphabet, ""), strict=False)),
+        )
+
+    def name_of(self, token_id: int) -> str:
+        """A top prediction, for people."""
+        return "a tie" if token_id == TIE else self.names.get(token_id, f"token {token_id}")
+
+
+def _symbols(text: str, length: int) -> list[str]:
+    """The symbols of a string's text, which are letters, or stand apart; a dot where they cannot be told."""
+    for symbols in (list(text), text.split(" ")):
+        if len(symbols) == length:
+            return symbols
+    return ["·"] * length
+
+
+def best_recalled(sweep: Sweep, frame: pd.DataFrame) -> TrialSpec:
+    """The trial whose string is recalled best at its last epoch, the first of equals."""
+    ordered = frame.sort_values("epoch", kind="stable").groupby("trial_id").tail(1)
+    recalled = dict(zip(ordered["trial_id"], np.nan_to_num(column(ordered, "recall/robust"), nan=-np.inf), strict=True))
+    return max((trial for trial in sweep.trials if trial.trial_id() in recalled), key=lambda t: recalled[t.trial_id()])
+
+
+def token_map(record: StringRecord) -> HeatMap:
+    """The probability of every token of the string at every epoch, or at some of them where there are many."""
+    count = len(record.epochs)
+    rows = np.unique(np.linspace(0, count - 1, min(count, MAX_EPOCHS_SHOWN)).round().astype(int))
+    probability = np.exp(record.log_prob[rows])
+    symbols = [record.symbols[position] for position in record.positions]
+    hover = [
+        [
+            f"epoch {record.epochs[row]}, position {position}<br>{symbol!r}: p = {p:.3f}<br>"
+            f"top prediction: {record.name_of(int(top))}"
+            for position, symbol, p, top in zip(record.positions, symbols, shown, record.argmax[row], strict=True)
+        ]
+        for row, shown in zip(rows, probability, strict=True)
+    ]
+    return HeatMap(
+        name="tokens",
+        title="Probability of each token by epoch",
+        x_title="position in the string",
+        y_title="epoch",
+        caption=f"The first string of trial {record.trial.trial_id()}: {_shortened(''.join(record.symbols))}",
+        x=[str(position) for position in record.positions],
+        y=[str(record.epochs[row]) for row in rows],
+        values=probability,
+        value_title="p of the true token",
+        hover=hover,
+    )
+
+
+def _shortened(text: str, most: int = 120) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def order_chart(record: StringRecord, guesser: Guesser) -> Chart:
+    """The epoch at which each token was memorised against its position: half of its own surprise is gone for good."""
+    acquired = acquisition_epochs(record.log_prob, np.array(record.epochs), guesser)
+    positions = np.array(record.positions)
+    arrived = ~np.isnan(acquired)
+    above = 1.05 * max(record.epochs)
+    hover = [f"position {position}: {record.symbols[position]!r}" for position in positions]
+    late = [text for text, has_arrived in zip(hover, arrived, strict=True) if not has_arrived]
+    return Chart(
+        name="order",
+        title="Epoch at which each token was memorised, by position",
+        x_title="position in the string",
+        y_title="epoch",
+        caption=f"The first string of trial {record.trial.trial_id()}; from that epoch on p is at least the square "
+        "root of the best guess. Arrows above: never.",
+        traces=(
+            Trace(
+                name="memorised", x=positions[arrived].tolist(), y=acquired[arrived].tolist(),
+                style=Style.numbered(0).points(),
+                hover=[text for text, has_arrived in zip(hover, arrived, strict=True) if has_arrived],
+            ),
+            Trace(
+                name="never", x=positions[~arrived].tolist(), y=[above] * len(late), hover=late,
+                style=Style.numbered(1).points(marker="triangle-up"),
+            ),
+        ),
+    )  # fmt: skip

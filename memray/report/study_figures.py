@@ -1,0 +1,229 @@
+"""The figures of a study: every measure by epoch, a line a cell with its seeds as a band, and speed by cell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from memray.measures.statistics import median_interval
+from memray.report import SPEED, interval_text
+from memray.report.charts import Chart, Figure, HeatMap, Scale, Style, Trace
+from memray.report.figure import LEAST_ROBUST_SHOWN, MAX_LINEAR_RATIO, Line, curves, lines_of
+from memray.report.probe_figures import probe_figures
+from memray.report.replicates import ONSET, Seen, first, last_epoch, onset, seen_cells, speed
+from memray.sweep import Sweep
+
+LN2 = math.log(2.0)
+
+
+def study_figures(sweep: Sweep, frame: pd.DataFrame) -> list[Figure]:
+    """The figures that a study's columns allow, in the order in which they are shown."""
+    lines, factor = lines_of(sweep, frame)
+    legend_title = factor.rpartition(".")[2]
+    panels = {
+        panel: [line for line in lines if line.panel == panel] for panel in dict.fromkeys(each.panel for each in lines)
+    }
+    cells = seen_cells(sweep, frame)
+    found: list[Figure] = []
+    for curve in CURVES:
+        found += [_curves(curve, panel, own, frame) for panel, own in panels.items()]
+    found[len(panels) : len(panels)] = [
+        _speeds(panel, own, cells, legend_title or "cell") for panel, own in panels.items()
+    ]
+    named = [replace(each, legend_title=legend_title) if isinstance(each, Chart) else each for each in found]
+    return _numbered([each for each in (*named, *_onsets(cells), *probe_figures(cells)) if _shows(each)])
+
+
+def _shows(figure: Figure) -> bool:
+    return isinstance(figure, HeatMap) or any(len(trace.x) for trace in figure.traces)
+
+
+def _numbered(figures: Sequence[Figure]) -> list[Figure]:
+    """The same with names of their own."""
+    names = [each.name for each in figures]
+    return [
+        replace(each, name=f"{each.name}-{names[: index + 1].count(each.name)}") if names.count(each.name) > 1 else each
+        for index, each in enumerate(figures)
+    ]
+
+
+# --- by epoch ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A metric by epoch, a line a cell, with what it is to be held against.
+
+    Attributes:
+        held_out: The metric of held-out strings beside it: hollow points.
+        level: A metric at epoch 0 that gives each line a level to compare it with: a dotted line; times `scale`.
+    """
+
+    name: str
+    title: str
+    key: str
+    y_title: str
+    caption: str
+    held_out: str = ""
+    level: str = ""
+    scale: float = 1.0
+    zero: bool = False
+    y_scale: Scale = "linear"
+    y_range: tuple[float, float] | None = None
+
+
+CURVES = (
+    Curve(
+        name="robust", title="Robust recall by epoch", key="recall/robust", y_title="robust recall (1 is full)",
+        caption="What is recalled beyond the best guess, of which no guesser gets above 0 (dotted).",
+        zero=True, y_range=(LEAST_ROBUST_SHOWN, 1.04),
+    ),
+    Curve(
+        name="accuracy", title="Token accuracy by epoch", key="recall/token_accuracy", y_title="share of tokens right",
+        caption="Dotted: G, what always naming the likeliest symbol gets right. Hollow points: held-out strings.",
+        held_out="guessing/heldout_accuracy", level="string/guesser_accuracy", y_range=(-0.03, 1.04),
+    ),
+    Curve(
+        name="loss", title="Loss by epoch", key="recall/nll_nats", y_title="nats a token",
+        caption="Dotted: the entropy of the string's own symbol frequencies, the loss of one who knows no more. Hollow "
+        "points: held-out strings.",
+        held_out="guessing/heldout_nll_nats", level="string/empirical_entropy_bits", scale=LN2,
+    ),
+    Curve(
+        name="mass", title="Guessing: probability of the alphabet by epoch", key="guessing/alphabet_mass",
+        y_title="probability of all symbols together",
+        caption="The alphabet is learned where it comes to 0.95.", y_range=(-0.03, 1.04),
+    ),
+    Curve(
+        name="kl", title="Guessing: distance from own frequencies by epoch", key="guessing/kl_own_bits",
+        y_title="KL divergence, bits",
+        caption="Of the mean prediction over positions from the string's symbol frequencies. Hollow points: of the "
+        "prediction at each position of held-out strings from their source, their mean.",
+        held_out="guessing/heldout_kl_bits", y_scale="log", y_range=(1e-4, 10.0),
+    ),
+)  # fmt: skip
+
+
+def _curves(curve: Curve, panel: str, lines: Sequence[Line], frame: pd.DataFrame) -> Chart:
+    traces: list[Trace] = []
+    medians = [(line, curves(frame, line.trials, curve.key)) for line in lines]
+    medians = [(line, values) for line, values in medians if len(values)]
+    ends = [int(values.index[-1]) for _, values in medians]
+    is_wide = bool(ends) and max(ends) > MAX_LINEAR_RATIO * max(1, min(ends))
+    for line, values in medians:
+        traces.append(_median_trace(line, values))
+        if curve.level and len(level := curves(frame, line.trials, curve.level)):
+            traces.append(_level_trace(line, values, float(np.median(level.to_numpy()[0])) * curve.scale))
+        if curve.held_out and len(held_out := curves(frame, line.trials, curve.held_out)):
+            traces.append(_held_out_trace(line, held_out))
+    if curve.zero and ends:
+        traces.append(Trace(name="guessing", x=[1 if is_wide else 0, max(ends)], y=[0.0, 0.0], style=Style(dash="dot")))
+    interval = interval_text([len(line.trials) for line in lines])
+    return Chart(
+        name=curve.name,
+        title=curve.title + (f", {panel}" if panel else ""),
+        x_title="epoch",
+        y_title=curve.y_title,
+        caption=curve.caption + (f" Lines: medians over replicates; bands: {interval}." if interval else ""),
+        traces=tuple(traces),
+        x_scale="log" if is_wide else "linear",
+        y_scale=curve.y_scale,
+        y_range=curve.y_range,
+    )
+
+
+def _median_trace(line: Line, values: pd.DataFrame) -> Trace:
+    rows = np.sort(values.to_numpy(dtype=np.float64), axis=1)
+    # The same order statistics at every epoch: the interval of the ranks says which.
+    low, high = map(int, median_interval(np.arange(rows.shape[1], dtype=np.float64))) if rows.shape[1] > 1 else (0, 0)
+    has_band = rows.shape[1] > 1
+    return Trace(
+        name=line.label,
+        x=[int(epoch) for epoch in values.index],
+        y=[float(each) for each in np.median(rows, axis=1)],
+        low=rows[:, low].tolist() if has_band else (),
+        high=rows[:, high].tolist() if has_band else (),
+        style=Style.of(line),
+    )
+
+
+def _level_trace(line: Line, values: pd.DataFrame, height: float) -> Trace:
+    ends = [int(values.index[0]), int(values.index[-1])]
+    return Trace(name="", x=ends, y=[height, height], style=Style(colour=Style.of(line).colour, dash="dot"))
+
+
+def _held_out_trace(line: Line, values: pd.DataFrame) -> Trace:
+    return Trace(
+        name="",
+        x=[int(epoch) for epoch in values.index],
+        y=[float(each) for each in np.median(values.to_numpy(dtype=np.float64), axis=1)],
+        style=Style.of(line).points(is_open=True),
+    )
+
+
+# --- by cell -------------------------------------------------------------------------------------------------------
+
+
+def _speeds(panel: str, lines: Sequence[Line], cells: Sequence[Seen], x_title: str) -> Chart:
+    """T by cell: a point a replicate, a stroke for the median, an arrow above the axis for what never came."""
+    by_trial = {trial.trial_id(): cell for cell in cells for trial, _ in cell.rows}
+    seen = [(line, by_trial[line.trials[0].trial_id()]) for line in lines]
+    reached = [value for _, cell in seen for value in cell.values(speed) if math.isfinite(value)]
+    top = max([*reached, *(last_epoch(rows) for _, cell in seen for _, rows in cell.rows)])
+    return Chart(
+        name="speed",
+        title="Epochs to half of robust recall" + (f", {panel}" if panel else ""),
+        x_title=x_title,
+        y_title=SPEED,
+        caption="A point a replicate; strokes: medians; arrows above: replicates that never came to it.",
+        traces=tuple(trace for line, cell in seen for trace in _speed_traces(line, cell, above=1.08 * top)),
+        x_scale="category",
+        y_range=(0.0, 1.14 * top),
+    )
+
+
+def _speed_traces(line: Line, cell: Seen, *, above: float) -> Iterator[Trace]:
+    style, values, median = Style.of(line), cell.by_string(speed), cell.median(speed)
+    arrived = {seed: value for seed, value in values.items() if math.isfinite(value)}
+    late = [seed for seed, value in values.items() if math.isinf(value)]
+    yield Trace(
+        name="", x=[line.label] * len(arrived), y=[*arrived.values()], style=style.points(size=8),
+        hover=[f"string {seed}: epoch {value:g}" for seed, value in arrived.items()],
+    )  # fmt: skip
+    yield Trace(
+        name="", x=[line.label] * len(late), y=[above] * len(late), style=style.points(size=12, marker="triangle-up"),
+        hover=[f"string {seed}: not within the epochs trained" for seed in late],
+    )  # fmt: skip
+    if math.isfinite(median):
+        stroke = style.points(size=34, marker="line-ew")
+        yield Trace(name="", x=[line.label], y=[median], style=stroke, hover=[f"median: epoch {median:g}"])
+
+
+def _onsets(cells: Sequence[Seen]) -> Iterator[Chart]:
+    """Onset against what the model infers in context before training, where the study moves its pre-training."""
+    moved = {name for cell in cells for name in cell.factors if name.startswith("model.")}
+    kl = first("guessing/heldout_kl_bits")
+    if not any(name.startswith(("model.in_context.", "model.revision", "model.pretrained")) for name in moved):
+        return
+    traces = []
+    for index, cell in enumerate(cells):
+        x, y = cell.by_string(kl), cell.by_string(onset)
+        seeds = [seed for seed in x if math.isfinite(y.get(seed, math.inf))]
+        traces.append(
+            Trace(
+                name=cell.where(), x=[x[seed] for seed in seeds], y=[y[seed] for seed in seeds],
+                style=Style.numbered(index).points(size=8), hover=[f"string {seed}" for seed in seeds],
+            )
+        )  # fmt: skip
+    yield Chart(
+        name="onset",
+        title="Length of the guessing phase against inference in context",
+        x_title="held-out KL divergence before training, bits",
+        y_title=ONSET,
+        caption="A point a replicate; those that never came to memorise are left out.",
+        traces=tuple(traces),
+    )

@@ -1,0 +1,556 @@
+"""Claims on planted results: with the effect they are supported, with the opposite contradicted, with noise neither."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from memray.measures.statistics import holm
+from memray.report import SPEED
+from memray.report.claims import CLAIMS, Claim, Finding, Judgement, claims_of, judge
+from memray.report.effects import UNBOUNDED, Mean, Shift
+from memray.report.estimands import over_num_strings
+from memray.report.replicates import plateau, seen_cells
+from memray.spec import LoraSpec, ModelSpec, StringsSpec, TrainingSpec, TrialSpec
+from memray.sweep import Sweep, replicates, vary
+
+LAST = 400
+BASE = TrialSpec(strings=StringsSpec(length=64), training=TrainingSpec(epochs=LAST))
+
+Cells = Sequence[dict[str, Any]]
+Rows = dict[int, dict[str, float]]
+
+
+def grid(name: str, cells: Cells, *, seeds: int, base: TrialSpec = BASE) -> Sweep:
+    return Sweep([vary(base, cell | seed) for cell in cells for seed in replicates(base, seeds)], name=name)
+
+
+def planted(sweep: Sweep, rows_of: Callable[[TrialSpec], Rows]) -> pd.DataFrame:
+    """A frame as `results` gives it; a value that is not finite is absent."""
+    rows = []
+    for trial in sweep.trials:
+        named = {"trial_id": trial.trial_id(), "cell_id": trial.cell_id(), **trial.params()}
+        for epoch, values in rows_of(trial).items():
+            present = {key: value for key, value in values.items() if math.isfinite(value)}
+            rows.append(named | {"epoch": epoch, "recall/robust": 0.9} | present)
+    return pd.DataFrame(rows)
+
+
+# --- every claim ---------------------------------------------------------------------------------------------------
+
+# What is planted of a trial by epoch, given a normal number of its own.
+Plant = Callable[[TrialSpec, float], Rows]
+
+
+def speeds(level: Callable[[TrialSpec], float], effect: float, spread: float = 0.03) -> Plant:
+    """T changes by a factor exp(effect) as the level goes from 0 to 1, and by chance from string to string."""
+
+    def plant(trial: TrialSpec, normal: float) -> Rows:
+        structure = {"repeated": -2.0, "hierarchical": -1.0}.get(trial.strings.kind, 0.0)
+        zlib_bits = structure + (trial.strings.conditional_entropy_bits or 3.0)
+        speed = 40.0 * math.exp(effect * level(trial) + spread * normal)
+        return {0: {"string/zlib_bits": zlib_bits}, LAST: {SPEED: speed}}
+
+    return plant
+
+
+def single(*, epoch: int = LAST, normal_of: Callable[[float], dict[str, float]]) -> Plant:
+    """The same in all cells but for chance."""
+    return lambda trial, normal: {0: {}, epoch: normal_of(normal)}
+
+
+def log_share(value: float, low: float, high: float) -> float:
+    return math.log(value / low) / math.log(high / low)
+
+
+def by_alphabet(trial: TrialSpec) -> float:
+    return log_share(trial.strings.alphabet_size, 2, 26)
+
+
+def by_entropy(trial: TrialSpec) -> float:
+    return log_share(trial.strings.nominal_entropy_bits, 1.0, math.log2(26))
+
+
+def by_conditional_entropy(trial: TrialSpec) -> float:
+    return ((trial.strings.conditional_entropy_bits or 3.0) - 0.75) / 2.25
+
+
+def by_structure(trial: TrialSpec) -> float:
+    return {"repeated": 0.0, "hierarchical": 0.5, "iid": 1.0}[trial.strings.kind]
+
+
+def by_pretraining(trial: TrialSpec) -> float:
+    return float(trial.model.in_context.steps == 0)
+
+
+def by_num_strings(trial: TrialSpec) -> float:
+    return log_share(trial.strings.num_strings, 1, 4)
+
+
+def by_entropy_and_procedure(trial: TrialSpec) -> float:
+    return by_entropy(trial) * (trial.training.optimiser == "sgd")
+
+
+def guessed(effect: float, spread: float) -> Plant:
+    """Accuracies of the guesser and at onset."""
+
+    def plant(trial: TrialSpec, normal: float) -> Rows:
+        accuracy = 0.5 + effect * by_alphabet(trial) + spread * normal
+        onset = {"recall/token_accuracy": accuracy, "recall/robust": 0.0}
+        return {0: {"string/guesser_accuracy": accuracy}, 10: onset, LAST: {"phase/memorisation": 10.0}}
+
+    return plant
+
+
+def inferred(slope: float, spread: float) -> Plant:
+    """The onset moves with the held-out KL before training, which falls with the steps of pre-training."""
+
+    def plant(trial: TrialSpec, normal: float) -> Rows:
+        kl_bits = 2.0 - trial.model.in_context.steps / 50 + 0.3 * (trial.model.family == "gpt2")
+        onset = 30 + slope * kl_bits + 5 * (trial.model.family == "gpt2") + spread * normal
+        return {0: {"guessing/heldout_kl_bits": kl_bits}, LAST: {"phase/memorisation": onset}}
+
+    return plant
+
+
+def probed(short: float, foreign: float, spread: float) -> Plant:
+    """Recall from 5 of 64 local tokens less that from all, and after foreign symbols less that after its own."""
+
+    def plant(trial: TrialSpec, normal: float) -> Rows:
+        chance = spread * normal
+        return {0: {}, LAST: {
+            "context/local_full_source": 0.8, "context/local_5_source": 0.8 + short + chance,
+            "context/local_1_source": 0.5, "context/local_1_wrong": 0.5 + foreign + chance,
+            "context/local_1_outside": 0.5 + foreign - chance,
+        }}  # fmt: skip
+
+    return plant
+
+
+def before_onset(accuracy: float, spread: float) -> Plant:
+    """Token accuracy during guessing, where there is no recall."""
+
+    def plant(trial: TrialSpec, normal: float) -> Rows:
+        guessing = {"recall/token_accuracy": accuracy + spread * normal, "recall/robust": -0.5}
+        return {0: guessing, 5: guessing, 10: {"recall/token_accuracy": 1.0}, LAST: {"phase/memorisation": 10.0}}
+
+    return plant
+
+
+ALPHABETS: Cells = [{"strings.alphabet_size": size} for size in (2, 7, 26)]
+ENTROPIES: Cells = [{"strings.entropy_bits": bits} for bits in (1.0, 2.807, 4.7)]
+AT_ENTROPY: Cells = [{"strings.alphabet_size": size, "strings.entropy_bits": 1.0} for size in (2, 26)]
+MARKOV: Cells = [
+    {"strings.kind": "markov", "strings.alphabet_size": 8, "strings.conditional_entropy_bits": bits}
+    for bits in (0.75, 1.5, 3.0)
+]
+MOTIFS: dict[str, dict[str, Any]] = {
+    "iid": {},
+    "repeated": {"strings.motif_length": 16},
+    "hierarchical": {"strings.motif_length": 4, "strings.depth": 1, "strings.branching": 3},
+}
+STRUCTURES: Cells = [
+    {"strings.kind": kind, "strings.entropy_bits": bits} | changes
+    for kind, changes in MOTIFS.items()
+    for bits in (1.0, 4.7)
+]
+PRETRAINED: Cells = [{"model.in_context.steps": steps} for steps in (0, 100)]
+IN_CONTEXT: Cells = [
+    {"model.family": family, "model.in_context.steps": steps} for family in ("pythia", "gpt2") for steps in (0, 25, 75)
+]
+PROCEDURES: Cells = [
+    procedure | {"training.learning_rate": rate, "strings.entropy_bits": bits}
+    for procedure in ({}, {"training.optimiser": "sgd"})
+    for rate in (1e-3, 3e-3)
+    for bits in (1.0, 4.7)
+]
+DATASETS: Cells = [
+    {"strings.num_strings": count} | arm
+    for count in (1, 2, 4)
+    for arm in ({}, {"training.epochs": LAST * 4 // count}, {"strings.length": 256 // count})
+]
+FAMILIES: Cells = [{"model.family": family} for family in ("pythia", "gpt2")]
+
+
+@dataclass(frozen=True)
+class Planting:
+    """A study, and what has to be in its results for each verdict."""
+
+    claim: str
+    cells: Cells
+    supported: Plant
+    contradicted: Plant
+    noise: Plant
+    num_findings: int = 1
+
+
+def values(key: str, supported: float, contradicted: float, noise: float, spread: float) -> tuple[Plant, Plant, Plant]:
+    """A single value a trial; the noise lies about a value between."""
+    return (
+        single(normal_of=lambda normal: {key: supported + 0.02 * spread * normal}),
+        single(normal_of=lambda normal: {key: contradicted + 0.02 * spread * normal}),
+        single(normal_of=lambda normal: {key: noise + spread * normal}),
+    )
+
+
+def moved(level: Callable[[TrialSpec], float], supported: float, contradicted: float) -> tuple[Plant, Plant, Plant]:
+    return speeds(level, supported), speeds(level, contradicted), speeds(level, 0.0, spread=0.6)
+
+
+PLANTINGS = [
+    Planting("A1", ALPHABETS, *values("phase/plateau", 8.0, -8.0, 0.0, 20.0), num_findings=3),
+    Planting("A2", FAMILIES, *values("phase/plateau", 8.0, -8.0, 0.0, 20.0), num_findings=2),
+    Planting("A3", ALPHABETS, *moved(by_alphabet, -0.7, 0.7)),
+    Planting("A4", ALPHABETS, guessed(-0.3, 0.01), guessed(0.3, 0.01), guessed(0.0, 0.2), num_findings=2),
+    Planting("A5", ENTROPIES, *moved(by_entropy, -0.7, 0.7)),
+    Planting("A6", AT_ENTROPY, *moved(by_alphabet, 0.0, -0.7)),
+    Planting("A6", AT_ENTROPY, *moved(by_alphabet, 0.0, 0.7)),
+    Planting("A7", MARKOV, *moved(by_conditional_entropy, -0.7, 0.7)),
+    Planting("A7", MARKOV, *moved(by_conditional_entropy, 0.0, 0.3)),
+    Planting("A8", MARKOV, *moved(by_conditional_entropy, -0.7, 0.7)),
+    Planting("A8", STRUCTURES, *moved(by_structure, 0.0, 0.7), num_findings=2),
+    Planting("A9", STRUCTURES, *moved(by_entropy, -0.7, 0.7), num_findings=2),
+    Planting("A10", PRETRAINED, *moved(by_pretraining, 0.7, -0.7)),
+    Planting("A11", IN_CONTEXT, inferred(6.0, 1.0), inferred(-6.0, 1.0), inferred(0.0, 5.0)),
+    Planting("A12", ALPHABETS, *values("order/spearman", 0.02, 0.5, 0.0, 0.4), num_findings=3),
+    Planting("A12", ALPHABETS, *values("order/spearman", -0.02, -0.5, 0.0, 0.4), num_findings=3),
+    Planting("A13 contiguous", ALPHABETS, *values("extractable/50", 0.1, 1.5, 0.8, 0.3), num_findings=3),
+    Planting("A13 raw", ALPHABETS, before_onset(0.5, 0.01), before_onset(-0.5, 0.01), before_onset(0.1, 0.2), 3),
+    Planting("A14", ALPHABETS, probed(-0.01, 0, 0.01), probed(-0.3, 0, 0.01), probed(-0.05, 0, 0.2), 3),
+    Planting("A15", ALPHABETS, probed(0, -0.3, 0.01), probed(0, 0.3, 0.01), probed(0, 0, 0.2), 6),
+    Planting("A16", PROCEDURES, *moved(by_entropy_and_procedure, 0.7, 0.0)),
+    # In steps T rises fourfold where in epochs it stays: half of that is noise to both.
+    Planting("A17", DATASETS, *moved(by_num_strings, 0.7, -2.5)[:2], speeds(by_num_strings, -0.7, 1.0), num_findings=6),
+]  # fmt: skip
+
+
+def claims_named(name: str) -> tuple[Claim, ...]:
+    """The claim, or the part of it whose sentence begins so."""
+    claim_id, _, begins = name.partition(" ")
+    found = tuple(each for each in CLAIMS if each.id == claim_id and each.sentence.lower().startswith(begins))
+    assert found, name
+    return found
+
+
+def findings(planting: Planting, plant: Plant, seed: int = 0) -> list[Finding]:
+    claims = claims_named(planting.claim)
+    sweep = grid(claims[0].studies[0], planting.cells, seeds=5)
+    rng = np.random.default_rng(seed)
+    frame = planted(sweep, lambda trial: plant(trial, float(rng.normal())))
+    # Nothing is planted between the rates of one procedure.
+    found = [each for each in judge(sweep, frame) if each.claim in claims]
+    return [each for each in found if not each.evidence.where.startswith("learning_rate")]
+
+
+each_planting = pytest.mark.parametrize(
+    "planting", PLANTINGS, ids=[f"{each.claim}-{index}" for index, each in enumerate(PLANTINGS)]
+)
+
+
+@each_planting
+@pytest.mark.parametrize("verdict", ["supported", "contradicted"])
+def test_a_claim_that_was_planted_is_judged_so(planting: Planting, verdict: Judgement):
+    found = findings(planting, getattr(planting, verdict))
+    assert [each.verdict for each in found] == [verdict] * planting.num_findings
+    for each in found:
+        assert each.adjusted <= 0.05
+        assert math.isnan(each.deciding)
+
+
+@each_planting
+def test_noise_is_undecided(planting: Planting):
+    found = findings(planting, planting.noise)
+    assert [each.verdict for each in found] == ["undecided"] * planting.num_findings
+    for each in found:
+        assert each.adjusted > 0.05
+        assert not each.deciding <= 5
+
+
+def test_every_claim_is_planted():
+    planted_ids = {planting.claim.partition(" ")[0] for planting in PLANTINGS}
+    assert planted_ids == {claim.id for claim in CLAIMS} == {f"A{number}" for number in range(1, 18)}
+
+
+# --- the rule ------------------------------------------------------------------------------------------------------
+
+
+def test_every_claim_is_judged_by_studies_that_there_are():
+    studies = {path.stem for path in (Path(__file__).parent.parent / "sweeps").glob("*.py")}
+    assert {name for claim in CLAIMS for name in claim.studies} <= studies
+
+
+def alphabet_speeds(speeds: Mapping[int, Sequence[float]], name: str = "alphabet") -> tuple[Sweep, pd.DataFrame]:
+    """T by alphabet size and replicate; nan was never reached."""
+    sweep = grid(name, [{"strings.alphabet_size": size} for size in speeds], seeds=len(next(iter(speeds.values()))))
+    return sweep, planted(
+        sweep, lambda trial: {0: {}, LAST: {SPEED: speeds[trial.strings.alphabet_size][trial.string_seed]}}
+    )
+
+
+def test_the_effect_is_the_median_ratio_of_last_to_first_level():
+    first, last = [40.0, 44.0, 50.0, 41.0, 47.0], [20.0, 23.0, 30.0, 21.0, 26.0]
+    (found,) = judge(*alphabet_speeds({2: first, 26: last}))
+    ratios = sorted(b / a for a, b in itertools.product(first, last))
+    assert found.estimate == pytest.approx(ratios[12] - 1)
+    # Of 252 ways to deal ten values, so many have at most two pairs out of order: 1 + 1 + 2; three would be 7 of 252.
+    assert found.interval == pytest.approx((ratios[2] - 1, ratios[22] - 1))
+    assert found.p_values[0] == found.adjusted == pytest.approx(2 / 252)
+    assert found.verdict == "supported"
+
+
+def test_an_effect_below_the_smallest_of_interest_is_undecided_for_any_number_of_seeds():
+    (found,) = judge(*alphabet_speeds({2: [100.0, 101.0, 102.0, 103.0, 104.0], 26: [96.0, 97.0, 98.0, 99.0, 99.5]}))
+    assert found.interval.high < 0
+    assert found.verdict == "undecided"
+    assert math.isnan(found.deciding)
+
+
+def test_replicates_that_never_arrived_count_as_the_latest():
+    nan = math.nan
+    (found,) = judge(*alphabet_speeds({2: [nan, nan, nan, nan, 300.0], 26: [20.0, 23.0, 30.0, 21.0, 26.0]}))
+    assert (found.estimate, found.interval.low) == (-1.0, -1.0)
+    assert found.verdict == "supported"
+    (found,) = judge(*alphabet_speeds({2: [nan] * 5, 26: [nan] * 5}))
+    assert math.isnan(found.estimate)
+    assert found.interval == (-1.0, math.inf)
+    assert found.verdict == "undecided"
+
+
+def test_four_seeds_decide_nothing_however_large_the_effect():
+    (found,) = judge(*alphabet_speeds({2: [100.0, 101.0, 102.0, 103.0], 26: [1.0, 2.0, 3.0, 4.0]}))
+    assert (found.verdict, found.num_replicates, found.deciding) == ("undecided", (4, 4), 5)
+    assert math.isnan(found.adjusted)
+
+
+def test_the_levels_between_must_follow():
+    low, high = [20.0, 21.0, 22.0, 23.0, 24.0], [40.0, 41.0, 42.0, 43.0, 44.0]
+    falls = {2: high, 4: high, 7: low, 26: low}
+    rises_between = {2: high, 4: low, 7: [80.0] * 5, 26: low}
+    for speeds, verdict in ((falls, "supported"), (rises_between, "undecided")):
+        (found,) = judge(*alphabet_speeds(speeds))
+        assert found.p_values[0] == pytest.approx(max(2 / 252, found.trend_p_value))
+        assert found.verdict == verdict
+
+
+def test_a_table_is_adjusted_by_holm_as_a_whole():
+    rows = [{"strings.alphabet_size": size, "strings.length": length} for size in (2, 26) for length in range(32, 39)]
+    sweep = grid("alphabet", rows, seeds=5)
+    frame = planted(
+        sweep, lambda trial: {0: {}, LAST: {SPEED: 100.0 / trial.strings.alphabet_size + trial.string_seed}}
+    )
+    found = judge(sweep, frame)
+    assert [each.evidence.where for each in found] == [f"length {length}" for length in range(32, 39)]
+    np.testing.assert_allclose([each.adjusted for each in found], holm(np.full(7, 2 / 252)))
+    # Five against five cannot go below 2 / 252; six against six can, to 2 / 924.
+    assert {(each.verdict, each.deciding) for each in found} == {("undecided", 6.0)}
+
+
+def test_a_claim_is_absent_where_the_sweep_cannot_ask_it():
+    sweep = grid("context", [{}], seeds=5)
+    assert judge(sweep, planted(sweep, lambda trial: {0: {}, LAST: {SPEED: 30.0}})) == []
+    assert judge(sweep, pd.DataFrame()) == []
+
+
+def test_a_known_study_judges_its_own_claims_and_any_other_those_about_what_it_moves():
+    def plant(trial: TrialSpec) -> Rows:
+        return {0: {}, LAST: {SPEED: 30.0, "phase/plateau": 3.0, "order/spearman": 0.0}}
+
+    for name, judged in (("alphabet", {"A3"}), ("entropy", set()), ("dynamics", {"A1"}), ("of_a_user", {"A3"})):
+        sweep = grid(name, ALPHABETS, seeds=5)
+        assert {each.claim.id for each in judge(sweep, planted(sweep, plant))} == judged
+    placed = grid("of_a_user", [{"compute.engine": engine} for engine in ("torch", "deepspeed")], seeds=5)
+    assert judge(placed, planted(placed, plant)) == []
+    assert {claim.id for claim in claims_of(grid("structure", [{}], seeds=1))} == {"A8", "A9"}
+
+
+def test_trials_of_one_string_are_one_replicate():
+    seeds = [{"string_seed": 0, "model_seed": model_seed} for model_seed in range(5)]
+    sweep = Sweep([vary(BASE, cell | seed) for cell in ALPHABETS for seed in seeds], name="alphabet")
+    (found,) = judge(sweep, planted(sweep, lambda trial: speeds(by_alphabet, -2.0)(trial, 0.0)))
+    assert (found.num_replicates, found.verdict) == ((1, 1), "undecided")
+
+
+@pytest.mark.parametrize(("name", "num_rows"), [("alphabet", 2), ("dynamics", 2)])
+def test_noise_over_many_tables_is_rarely_decided(name: str, num_rows: int):
+    sweep = grid(name, ALPHABETS[::2], seeds=5)
+    rng = np.random.default_rng(0)
+    num_tables, decided = 40, 0
+    for _ in range(num_tables):
+        normals = iter(rng.normal(size=(len(sweep.trials), 3)))
+
+        def plant(trial: TrialSpec, normals: Any = normals) -> Rows:
+            speed, accuracy, plateau = next(normals)
+            # T and the mean plateau lie right on the bounds beyond which they would be called an effect.
+            at_bound = 0.9 if trial.strings.alphabet_size == 26 else 1.0
+            return {
+                10: {"recall/token_accuracy": 0.5 + 0.2 * accuracy},
+                LAST: {SPEED: 40 * at_bound * math.exp(0.3 * speed), "phase/plateau": 2 + 3 * plateau,
+                       "phase/memorisation": 10.0},
+            }  # fmt: skip
+
+        found = judge(sweep, planted(sweep, plant))
+        assert len(found) == num_rows
+        decided += any(each.verdict != "undecided" for each in found)
+    # In 5 % of the tables at most, and so many of 40 tables are in one of a thousand.
+    assert decided <= stats.binom.ppf(0.999, num_tables, 0.05)
+
+
+# --- estimands -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        ({"phase/plateau": 3.0, "phase/memorisation": 9.0}, 3.0),
+        ({"phase/memorisation": 9.0}, 9.0 - LAST),  # the distribution was never learned
+        ({"phase/distribution_learned": 5.0}, math.nan),  # nor was anything memorised
+    ],
+)
+def test_a_missing_plateau_is_one_that_overlaps_unless_nothing_was_memorised(last: dict[str, float], expected: float):
+    rows = planted(Sweep([BASE]), lambda trial: {0: {}, LAST: last})
+    np.testing.assert_equal(plateau(BASE, rows), expected)
+
+
+def test_the_arms_of_a_study_of_dataset_size_are_told_apart():
+    sweep = grid("dataset_size", DATASETS, seeds=2)
+    frame = planted(sweep, lambda trial: {0: {}, LAST: {SPEED: 7.0}})
+    found = over_num_strings(seen_cells(sweep, frame))
+    assert [(each.where, each.what, each.levels) for each in found] == [
+        (f"equal {arm}", f"in {unit}", ("1", "2", "4"))
+        for arm in ("epochs", "steps", "tokens")
+        for unit in ("epochs", "steps")
+    ]
+    for each in found:
+        scale = 1 if each.what == "in epochs" else np.array([1, 2, 4])
+        np.testing.assert_array_equal(np.array(each.values).T, np.broadcast_to(7.0 * scale, (2, 3)))
+
+
+def test_the_slope_on_held_out_kl_holds_the_family_and_is_that_of_a_regression():
+    sweep = grid("in_context", IN_CONTEXT, seeds=5)
+    rng = np.random.default_rng(1)
+    frame = planted(sweep, lambda trial: inferred(6.0, 3.0)(trial, float(rng.normal())))
+    (found,) = judge(sweep, frame)
+    first, last = frame[frame["epoch"] == 0], frame[frame["epoch"] == LAST]
+    for seed, slope in enumerate(found.evidence.values[0]):
+        kl = first.loc[first["string_seed"] == seed, "guessing/heldout_kl_bits"].to_numpy()
+        family = (first.loc[first["string_seed"] == seed, "model.family"] == "gpt2").to_numpy(dtype=np.float64)
+        design = np.stack([kl, family, np.ones(6)], axis=1)
+        onsets = last.loc[last["string_seed"] == seed, "phase/memorisation"].to_numpy()
+        assert slope == pytest.approx(np.linalg.lstsq(design, onsets, rcond=None)[0][0])
+
+
+def test_each_procedure_is_taken_at_its_best_rate():
+    sweep = grid("mechanism", PROCEDURES, seeds=5)
+
+    def plant(trial: TrialSpec) -> Rows:
+        # The larger rate is twice as fast at the higher entropy, and half as fast at the lower.
+        is_large, is_high = trial.training.learning_rate == 3e-3, trial.strings.nominal_entropy_bits > 2
+        return {0: {}, LAST: {SPEED: 40.0 * (0.5 if is_high else 2.0) ** is_large + trial.string_seed}}
+
+    procedure, rate = judge(sweep, planted(sweep, plant))
+    assert procedure.evidence.where == "optimiser sgd"
+    np.testing.assert_allclose(procedure.evidence.values[0], [(20 + seed) / (40 + seed) for seed in range(5)])
+    assert rate.evidence.where == "learning_rate 0.003"
+    np.testing.assert_allclose(rate.evidence.values[0], np.ones(5))
+    np.testing.assert_allclose(rate.evidence.values[1], [(20 + seed) / (80 + seed) for seed in range(5)])
+
+
+def test_an_adapter_is_a_procedure_named_for_what_it_changes():
+    cells = [{"strings.entropy_bits": b} | m for m in ({}, {"model.lora": LoraSpec(rank=4)}) for b in (1.0, 4.7)]
+    sweep = grid("mechanism", cells, seeds=5, base=TrialSpec(model=ModelSpec(), strings=StringsSpec(length=64)))
+    (found,) = judge(sweep, planted(sweep, lambda trial: {0: {}, LAST: {SPEED: 30.0}}))
+    assert found.evidence.where == "rank 4"
+    assert found.evidence.what == "against the first procedure"
+
+
+# --- effects -------------------------------------------------------------------------------------------------------
+
+samples = st.lists(st.integers(0, 6).map(float) | st.just(math.inf), min_size=2, max_size=5).map(np.array)
+
+
+@given(samples, samples)
+@settings(max_examples=40, deadline=None)
+def test_a_shift_is_that_of_mann_and_whitney_by_counting(first: np.ndarray, second: np.ndarray):
+    shift = Shift(first, second)
+    pairs = [b - a if math.isfinite(a) or math.isfinite(b) else None for a, b in itertools.product(first, second)]
+    num_above = sum(pair is not None and pair > 0.5 for pair in pairs)
+    # Every way to deal ranks to the samples, with the number of pairs in order.
+    ranks = range(len(first) + len(second))
+    counts = [
+        sum(b > a for a in ranks if a not in chosen for b in chosen)
+        for chosen in itertools.combinations(ranks, len(second))
+    ]
+    tail = sum(count >= num_above for count in counts) / len(counts)
+    assert shift.p_above(0.5) == pytest.approx(min(1.0, 2 * tail))
+    for level in (0.5, 0.9, 0.95):
+        assert (shift.interval(level).low > 0.5) == (shift.p_above(0.5) <= 1 - level + 1e-12)
+        assert (shift.interval(level).high < 0.5) == (shift.p_below(0.5) <= 1 - level + 1e-12)
+
+
+def test_the_interval_of_a_shift_covers_it_whatever_the_distribution():
+    rng = np.random.default_rng(0)
+    draws: list[Callable[[], np.ndarray]] = [
+        lambda: rng.normal(size=5), lambda: rng.exponential(size=5), lambda: rng.standard_cauchy(size=5)
+    ]  # fmt: skip
+    for draw in draws:
+        covered = [interval.low <= 0.7 <= interval.high for interval in
+                   (Shift(draw(), draw() + 0.7).interval(0.95) for _ in range(600))]  # fmt: skip
+        # 5 against 5 give 1 - 2 * 4 / 252; the error of 600 draws is 0.007.
+        assert np.mean(covered) == pytest.approx(1 - 8 / 252, abs=0.022)
+
+
+def test_too_few_replicates_bound_nothing_at_a_level_they_cannot_give():
+    assert Shift(np.arange(3.0), 100 + np.arange(3.0)).interval(0.95) == UNBOUNDED
+    assert Mean(np.array([1.0])).interval(0.95) == UNBOUNDED
+    assert Mean(np.array([1.0, math.inf])).p_above(0.0) == 1.0
+
+
+def test_a_mean_is_that_of_students_test():
+    drawn = np.random.default_rng(0).normal(0.4, 1.0, size=7)
+    mean, reference = Mean(drawn), stats.ttest_1samp(drawn, 0.1)
+    _, p_value = reference
+    assert mean.estimate == pytest.approx(np.mean(drawn))
+    assert mean.interval(0.9) == pytest.approx(reference.confidence_interval(0.9))
+    assert min(mean.p_above(0.1), mean.p_below(0.1)) == pytest.approx(p_value)
+
+
+def test_the_interval_of_a_mean_of_five_covers_it_where_the_percentile_bootstrap_does_not():
+    rng = np.random.default_rng(0)
+    drawn = rng.normal(size=(2000, 5))
+    covered = [mean.interval(0.95) for mean in map(Mean, drawn)]
+    assert np.mean([low <= 0 <= high for low, high in covered]) == pytest.approx(0.95, abs=0.015)
+    # The percentile interval at the level of 95 %, from 400 resamples of each.
+    resampled = drawn[np.arange(400)[:, None, None], rng.integers(5, size=(400, 400, 5))].mean(axis=2)
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=1)
+    assert np.mean((low <= 0) & (high >= 0)) < 0.9
+
+
+def test_equal_values_have_no_error():
+    assert Mean(np.full(5, 3.0)).interval(0.95) == (3.0, 3.0)
+    assert (Mean(np.full(5, 3.0)).p_above(2.0), Mean(np.full(5, 3.0)).p_above(3.0)) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.01])
+def test_the_seeds_that_would_decide_decide_four_times_of_five(alpha: float):
+    rng = np.random.default_rng(0)
+    # A large sample stands for what is known of the effect: 0.8 standard deviations.
+    known = stats.norm.ppf((np.arange(400) + 0.5) / 400)
+    shift, mean = Shift(known, known + 0.8), Mean(known + 0.8)
+    for effect, draw in (
+        (shift, lambda n: Shift(rng.normal(size=n), rng.normal(size=n) + 0.8)),
+        (mean, lambda n: Mean(rng.normal(size=n) + 0.8)),
+    ):
+        needed = int(effect.seeds_above(0.0, alpha))
+        power = np.mean([draw(needed).p_above(0.0) <= alpha for _ in range(300)])
+        assert power == pytest.approx(0.8, abs=0.1)
+        assert math.isnan(effect.seeds_below(0.0, alpha))
+        assert effect.seeds_above(0.7999, alpha) == math.inf
