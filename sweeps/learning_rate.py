@@ -18,7 +18,7 @@ PAPER = TrialSpec(
     compute=ComputeSpec(accelerator="h100-80gb"),
 )
 TINY = TrialSpec(strings=StringsSpec(length=128), training=TrainingSpec(epochs=150))
-RATES = {"paper": (2e-6, 5e-6, 1e-5, 2e-5, 5e-5), "tiny": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)}
+RATES = {"paper": (2e-6, 5e-6, 1e-5, 2e-5, 5e-5), "tiny": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)}
 SIZES = {"pythia": "1b", "phi": "1.5", "llama2": "7b", "gpt2": "1.5b", "opt": "1.3b"}
 
 
