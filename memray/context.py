@@ -130,11 +130,9 @@ class Reader:
     def trunk(self, trunk: Trunk) -> ReadTrunk:
         """Reads a trunk of at least one token."""
         cache = DynamicCache()
-        # With positions but no mask some models take a jump between positions for the start of another text.
         output = self.body(
             input_ids=self._tensor(trunk.ids[None]),
             position_ids=self._tensor(trunk.positions[None]),
-            attention_mask=torch.ones(1, len(trunk.ids), dtype=torch.int64, device=self.device),
             past_key_values=cache,
             use_cache=True,
         )
@@ -194,7 +192,8 @@ class Reader:
         ids, positions = np.zeros((2, len(prompts), lengths.max()), dtype=np.int64)
         for row, prompt in enumerate(prompts):
             ids[row, : lengths[row]], positions[row, : lengths[row]] = prompt
-        # Nothing is masked: padding stands on the right, where causal attention never looks.
+        # The mask hides nothing, for padding stands on the right, where causal attention never looks. But without one
+        # (and without a cache) a jump between positions is taken for the start of another text.
         hidden = self.body(
             input_ids=self._tensor(ids),
             position_ids=self._tensor(positions),

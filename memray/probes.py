@@ -117,6 +117,11 @@ class ContextSpec(Part):
             )
         return self
 
+    def canonical(self) -> "ContextSpec":
+        """Names in the order of their tables: in any other they mean the same."""
+        keep, replacements = sorted(self.keep, key=KEEPS.index), sorted(self.replacements, key=REPLACEMENTS.index)
+        return self.model_copy(update={"keep": tuple(keep), "replacements": tuple(replacements)})
+
     def num_probed(self, stream: Literal["trained", "held_out"], available: int) -> int:
         """How many of the strings of a stream are probed: its first ones."""
         return min(available, self.num_held_out if stream == "held_out" else self.num_strings or available)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,7 @@ from memray.strings import ALPHABETS, Source, Stream, TextSource, draw_strings
 
 Weights = Mapping[str, ndarray]
 CPU = torch.device("cpu")
+STREAMS: tuple[Stream, ...] = get_args(Stream)
 
 
 class ModelShelf:
@@ -306,24 +307,21 @@ def look_at_context(spec: TrialSpec, material: Material, model: nn.Module) -> di
     """What the context probe shows of a model, by role."""
     stated = spec.probes.context
     assert stated is not None
-    numbers: dict[Stream, int] = {
-        "trained": stated.num_strings or spec.strings.num_strings,
-        "held_out": stated.num_held_out,
-    }
-    return {
-        stream: probe_context(
-            model,
-            material.strings[stream][:number],
-            source=material.source,
-            encoder=material.encoder,
-            outside_ids=material.outside_ids,
-            spec=stated,
-            seed=spec.string_seed,
-            stream=stream,
-        )
-        for stream, number in numbers.items()
-        if number
-    }
+    found = {}
+    for stream in STREAMS:
+        strings = material.strings[stream]
+        if number := stated.num_probed(stream, len(strings)):
+            found[stream] = probe_context(
+                model,
+                strings[:number],
+                source=material.source,
+                encoder=material.encoder,
+                outside_ids=material.outside_ids,
+                spec=stated,
+                seed=spec.string_seed,
+                stream=stream,
+            )
+    return found
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------

@@ -161,14 +161,14 @@ def test_every_prediction_equals_that_of_one_prompt_through_the_plain_model(fami
 def test_every_cell_of_the_grid_equals_that_of_one_prompt_through_the_plain_model(
     replacement: Replacement, bos: bool
 ) -> None:
-    spec = ContextSpec(replacements=(), grid=True, grid_replacement=replacement, redraws=2)
+    spec = ContextSpec(replacements=(), grid=True, grid_replacement=replacement, redraws=1)
     assert assert_read_literally(model_of("gpt2"), strings_of(10)[0], spec, bos=bos) > 60
 
 
 def test_models_whose_heads_share_keys_are_read_alike() -> None:
     config = LlamaConfig(
         vocab_size=187, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, attn_implementation="sdpa",
+        num_key_value_heads=2,
     )  # fmt: skip
     torch.manual_seed(0)
     model = sharpened(LlamaForCausalLM(config).eval())
@@ -179,13 +179,10 @@ def test_models_whose_heads_share_keys_are_read_alike() -> None:
 
 
 @each_family
-@either_bos
 @torch.no_grad()
-def test_packed_branches_say_what_independent_prompts_say(
-    family: str, bos: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packed_branches_say_what_independent_prompts_say(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(context.MASK_ENTRIES, "cpu", 5000)  # so that there are several packs
-    model, draws = model_of(family), draws_of(strings_of(40)[0], bos=bos)
+    model, draws = model_of(family), draws_of(strings_of(40)[0], bos=FAMILIES[family].bos)
     reader, head = Reader.of(model, draws.encoder.symbol_ids, SOURCE), model.get_output_embeddings()  # type: ignore[operator]
     true = draws.trunk(None, 1.0, 0)
     conditions = [Condition("local", 7, 0.0, name) for name in SHARED]
@@ -199,15 +196,15 @@ def test_packed_branches_say_what_independent_prompts_say(
         read = reader.trunk(trunk)
         ours, theirs = head(reader.behind(read, branches)), head(reader.after(branches.prompts(trunk)))
         assert ours.argmax(1).tolist() == theirs.argmax(1).tolist(), condition
-        assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max(), condition
-        assert (ours.log_softmax(1) - theirs.log_softmax(1)).abs().max() < 1e-5 * theirs.abs().max(), condition
+        assert (ours - theirs).abs().max() < 1e-5, condition
+        assert (ours.log_softmax(1) - theirs.log_softmax(1)).abs().max() < 1e-5, condition
 
 
 def test_the_sizes_of_packs_and_batches_change_no_score(pythia: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, strings = ContextSpec(lengths=(0, 3, 10), redraws=1), strings_of(40)
+    spec, strings = ContextSpec(lengths=(0, 5), redraws=1), strings_of(24)
     whole = probed(pythia, strings, spec, bos=False)
     monkeypatch.setitem(context.MASK_ENTRIES, "cpu", 1)
-    monkeypatch.setattr(context, "TOKENS_PER_PASS", 100)
+    monkeypatch.setattr(context, "TOKENS_PER_PASS", 60)
     parts = probed(pythia, strings, spec, bos=False)
     assert whole.is_right.tolist() == parts.is_right.tolist()
     assert whole.log_prob == pytest.approx(parts.log_prob, abs=2e-5)
@@ -247,11 +244,12 @@ class Watch:
 def test_no_mask_of_a_long_string_exceeds_the_bound_and_no_pack_sees_another(pythia: nn.Module) -> None:
     model = copy.deepcopy(pythia)
     watch = Watch(model)
-    spec = ContextSpec(lengths=(50, 100), replacements=("source",), redraws=1)
-    probed(model, strings_of(600), spec, bos=False)
+    spec = ContextSpec(lengths=(30,), replacements=("source",), redraws=1)
+    probed(model, strings_of(400), spec, bos=False)
+    assert len(watch.masks) > 10
     assert max(watch.masks) <= context.MASK_ENTRIES["cpu"]
-    assert max(watch.tokens) <= 600
-    assert max(watch.keys) < 600, "the keys of a pack must be those of its trunk"
+    assert max(watch.tokens) <= 512
+    assert max(watch.keys) < 400, "the keys of a pack must be those of its trunk"
 
 
 def test_a_pack_of_one_branch_is_bounded_by_the_square_of_the_string() -> None:
@@ -265,10 +263,10 @@ def test_a_pack_of_one_branch_is_bounded_by_the_square_of_the_string() -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        ContextSpec(redraws=2),
-        ContextSpec(keep=("local", "remote"), shares=(0.1, 0.5), redraws=2, num_positions=5),
+        ContextSpec(redraws=2, lengths=(0, 3)),
+        ContextSpec(keep=("local", "remote"), lengths=(0, 2), shares=(0.5,), redraws=1, num_positions=5),
         ContextSpec(keep=("remote",), lengths=(0, 4), redraws=3),
-        ContextSpec(replacements=("source",), grid=True, grid_replacement="shuffled", redraws=2),
+        ContextSpec(replacements=("source",), grid=True, grid_replacement="shuffled", redraws=1),
         ContextSpec(replacements=(), extractable=(3, 8, 20)),
     ],
 )

@@ -31,7 +31,7 @@ from memray.sweep import Sweep, load
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 STUDY = HERE / "tiny_trials.py"
-NAMES = ("bare", "trainer", "tune", "overhead", "mlflow", "probes", "profile")
+NAMES = ("bare", "trainer", "tune", "overhead", "mlflow", "probes", "context", "profile")
 # What two sides of the same recipe may differ by in their first epochs; rounding grows later.
 TOLERANCE, COMPARED_EPOCHS = 1e-3, 10
 KEYS = ("recall/token_accuracy", "recall/nll_nats")
@@ -48,16 +48,27 @@ class Scale:
     trainer_trials: int
     tune_trials: int
     empty_seeds: int
+    context_length: int
 
     def sweep(self) -> Sweep:
         return load(STUDY, **dict(pair.split("=") for pair in self.study))
 
 
 FULL = Scale(
-    repetitions=3, study=("seeds=5", "length=256", "epochs=100"), trainer_trials=4, tune_trials=8, empty_seeds=50
+    repetitions=3,
+    study=("seeds=5", "length=256", "epochs=100"),
+    trainer_trials=4,
+    tune_trials=8,
+    empty_seeds=50,
+    context_length=1024,
 )
 QUICK = Scale(
-    repetitions=1, study=("seeds=1", "length=48", "epochs=12"), trainer_trials=2, tune_trials=2, empty_seeds=2
+    repetitions=1,
+    study=("seeds=1", "length=48", "epochs=12"),
+    trainer_trials=2,
+    tune_trials=2,
+    empty_seeds=2,
+    context_length=128,
 )
 
 
@@ -278,6 +289,33 @@ def compare_probers(scale: Scale, folder: Path) -> list[list[str]]:
     ]
 
 
+def compare_contexts(scale: Scale) -> tuple[list[list[str]], str]:
+    """The context probe's packed branches against prompts at k = 10, and its peak memory at all lengths."""
+    script, length, threads = str(HERE / "context.py"), f"length={scale.context_length}", "threads=2"
+    found = last_line(script, "compare", length, "k=10", threads, f"repetitions={scale.repetitions}")
+    peak = last_line(script, "memory", length, threads)
+    rows = [
+        row(
+            f"context of {scale.context_length} symbols at k = 10: packed branches, against prompts",
+            "s",
+            found["packed_s"],
+            found["prompts_s"],
+            limit=20,
+            is_gain=True,
+        ),
+        row(
+            f"peak memory of a context probe at all k ({peak['before_gib']:.2f} GiB before it)",
+            "GiB",
+            [peak["peak_gib"]],
+        ),
+    ]
+    agreement = (
+        f"context: logits differ by {found['largest_difference']:.0e} at most, {found['num_equal_argmaxes']} of "
+        f"{found['num_targets']} arg-maxes are equal ({found['threads']} threads)"
+    )
+    return rows, agreement
+
+
 def shares(title: str, seconds: Mapping[str, float]) -> Table:
     table = Table("part", title=title, title_justify="left")
     for column in ("s", "%"):
@@ -307,6 +345,10 @@ def run_all(scale: Scale, wanted: list[str], folder: Path) -> tuple[list[list[st
         rows.append(row("MLflow points a second through our Tracker", "/s", [each["points_per_s"] for each in rates]))
     if "probes" in wanted:
         rows += compare_probers(scale, folder)
+    if "context" in wanted:
+        found, words = compare_contexts(scale)
+        rows += found
+        agreement.append(words)
     if "profile" in wanted:
         found = last_line(inside, "profile", str(folder), *scale.study)
         tables.append(shares("Where the time of one warm trial goes (one process, one thread)", found))
