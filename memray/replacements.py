@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from transformers import PreTrainedTokenizerBase
 
-from memray.encoding import Encoder
+from memray.encoding import Encoder, ordinary_ids
 from memray.probes import REPLACEMENTS, Condition, Replacement
 from memray.strings import IidSource, Source, Stream, TextSource
 
@@ -224,5 +224,4 @@ def ordinary_ids_outside(
     tokenizer: PreTrainedTokenizerBase, symbol_ids: Int[ndarray, " alphabet"]
 ) -> Int[ndarray, " outside"]:
     """The ordinary tokens of a vocabulary that stand for no symbol of the alphabet, ascending."""
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return np.array(sorted({*tokenizer.get_vocab().values()} - special - {*symbol_ids.tolist()}), dtype=np.int64)
+    return np.setdiff1d(np.array(ordinary_ids(tokenizer), dtype=np.int64), symbol_ids)

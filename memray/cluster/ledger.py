@@ -233,7 +233,7 @@ class Ledger:
         """The folder of a trial under the probes that are asked for, whether it exists yet or not."""
         own, wanted = self.as_trained(trial_id), self.probes_ids.get(trial_id)
         finished = own.finished() if wanted else None
-        if finished is None or finished.summary.get("probes_id") == wanted:
+        if finished is None or finished.summary.get("probes_id", wanted) == wanted:
             return own
         return TrialFolder(self, trial_id, probes_id=wanted)
 
