@@ -20,7 +20,9 @@ from memray.accelerators import ACCELERATORS
 from memray.cost import check_fits, cost, shape
 from memray.families import FAMILIES, family
 from memray.models import character_tokenizer, load_model
+from memray.probes import ContextSpec
 from memray.spec import ComputeSpec, LoraSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
+from memray.trial import look_at_context, prepare
 
 from .ports import free_port
 
@@ -72,6 +74,17 @@ def test_the_operations_of_a_trial_are_those_that_torch_counts(name: str) -> Non
     forward, both = counted(eager(tiny(name)), 128)
     # One step, and one pass that scores the weights it leaves.
     assert cost(one_epoch(128, model=tiny(name))).flops == pytest.approx(both + forward, rel=0.1)
+
+
+def test_a_probe_of_the_context_costs_about_what_torch_counts() -> None:
+    context = ContextSpec(lengths=(0, 2, 5, 10), replacements=("source", "none"), redraws=2, num_held_out=0)
+    plain = one_epoch(128)
+    probed = plain.model_copy(update={"probes": ProbesSpec(num_held_out=0, context=context)})
+    with FlopCounterMode(display=False) as counter:
+        look_at_context(probed, prepare(probed), eager(ModelSpec()))
+    counted_flops = sum(counter.get_flop_counts()["Global"].values())
+    # Packed branches compute what their mask hides too.
+    assert 0.7 * counted_flops < cost(probed).flops - cost(plain).flops < 1.5 * counted_flops
 
 
 def test_attention_grows_with_the_square_of_the_length_as_torch_counts_it() -> None:
