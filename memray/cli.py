@@ -304,7 +304,13 @@ def report(
         is_local = "://" not in storage
         folder = Path(storage, loaded.name, "report") if is_local else Path("report", loaded.name)
         frame = results(loaded, storage=storage)
-        finished = [ledger.trial(trial.trial_id()).finished() for trial in loaded.trials]
+        folders = [ledger.trial(trial.trial_id()) for trial in loaded.trials]
+        if other := sum(each.is_added and each.finished() is None for each in folders):
+            raise ValueError(
+                f"a report needs all trials under the probes that the study asks for, but {other} were run under "
+                "others alone; look at them again with `probe`, or restore the study's probes"
+            )
+        finished = [each.finished() for each in folders]
         stands_on = provenance(loaded, [each.summary for each in finished if each], code_tags())
         record, guesser = _one_string(loaded, ledger, frame)
         page, *_ = write_report(loaded, frame, folder, record=record, guesser=guesser, provenance=stands_on)

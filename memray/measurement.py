@@ -28,7 +28,7 @@ from memray.strings import Source, empirical_entropy_bits, zlib_bits_per_symbol
 TRAINED, HELD_OUT = "trained", "held_out"
 
 # Set when a definition changes, and written with every result: numbers under different versions are not compared.
-MEASURE_VERSIONS = {"recall": 1, "phases": 1, "order": 1, "extraction": 1}
+MEASURE_VERSIONS = {"recall": 1, "phases": 1, "order": 1, "extraction": 1, "context": 1}
 
 # What tells the permutations of the order from other random numbers of the same seeds.
 _ORDER_STREAM = 2
@@ -161,9 +161,9 @@ class Measurer:
         return Measurement(self.trial_id, 0, epoch, defined, tuple(rows + strings), tokens, context, weights)
 
     def trained_metric(self, key: str, scores: TokenScores) -> float:
-        """One measure of the trained strings alone, averaged as the trial's metric is."""
-        compared = enumerate(self.known[TRAINED][: self.num_compared])
-        return _mean(measure_string(scores.of(index), string.truth)[key] for index, string in compared)
+        """One measure of all trained strings: which are compared must not decide when training stops."""
+        strings = enumerate(self.known[TRAINED])
+        return _mean(measure_string(scores.of(index), string.truth)[key] for index, string in strings)
 
     def _measure_role(self, role: str, epoch: int, scores: TokenScores) -> list[dict[str, Any]]:
         rows = []
@@ -190,6 +190,7 @@ class Measurer:
     def _context_metrics(self, context: Mapping[str, ContextScores]) -> dict[str, float]:
         stated = self.spec.probes.context
         assert stated is not None
+        context = {**context, TRAINED: context[TRAINED].first(self.num_compared)}
         guesses = {
             role: [known.truth.guesser.log2_probability for known in self.known[role][: scores.num_strings]]
             for role, scores in context.items()

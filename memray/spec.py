@@ -304,6 +304,10 @@ class ModelSpec(Part):
                 "in_context pre-trains all weights and lora freezes them, so only one can be set, but both are; pre-"
                 "train once, save the model, and set model.path"
             )
+        if self.dropout:
+            raise ValueError(
+                f"in_context pre-trains without dropout, but got dropout={self.dropout}; leave one of the two out"
+            )
         longest = families.size(self.family, self.size).max_positions
         if self.path is None and stated.length > longest:
             raise ValueError(
@@ -385,7 +389,6 @@ class TrialSpec(Part):
         self._check_vocabulary()
         self._check_steps()
         self._check_frozen()
-        self._check_context()
         if self.probes.compared_strings > self.strings.num_strings:
             raise ValueError(
                 f"probes.compared_strings must be at most strings.num_strings, but got {self.probes.compared_strings} "
@@ -448,16 +451,6 @@ class TrialSpec(Part):
             raise ValueError(
                 f"training.strings_per_forward must divide the {self.strings_per_worker} strings that a worker has in "
                 f"a step, but got {forward}; take a divisor, or 0 for one forward pass a step"
-            )
-
-    def _check_context(self) -> None:
-        context = self.probes.context
-        if context is None or self.strings.kind != "text":
-            return
-        if "other_string" in context.replacements or (context.grid and context.grid_replacement == "other_string"):
-            raise ValueError(
-                "probes.context: the replacement 'other_string' draws strings that were never trained, but a text has "
-                "only its own passages; leave it out"
             )
 
     def _check_frozen(self) -> None:

@@ -117,7 +117,10 @@ def source_of(spec: TrialSpec) -> Source:
     if spec.strings.kind != "text":
         return spec.source()
     source = tokenise(load_tokenizer(spec.model), spec.strings.text())
-    num_strings, found = spec.strings.num_strings + spec.probes.num_held_out, len(source.symbols)
+    num_held_out, found = spec.probes.num_held_out, len(source.symbols)
+    if context := spec.probes.context:  # whose other strings are passages that are never trained
+        num_held_out = max(num_held_out, context.num_held_out + context.redraws)
+    num_strings = spec.strings.num_strings + num_held_out
     if (needed := num_strings * spec.strings.length) > found:
         raise ValueError(
             f"the text in {spec.strings.path} must have at least {needed} tokens, {spec.strings.length} for each of "

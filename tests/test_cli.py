@@ -46,9 +46,6 @@ BAD_STUDIES = {
         "strings=StringsSpec(kind='text', path=__file__, sha256='0' * 64)", "must hold the text that the spec was made from"),
     "a text with a source's alphabet": (
         "strings=StringsSpec(kind='text', path=__file__, alphabet='greek')", "alphabet must keep the default under kind='text'"),
-    "a text with other strings": (
-        "strings=StringsSpec(kind='text', path=__file__), probes=ProbesSpec(context=ContextSpec())",
-        "a text has only its own passages"),
     "frozen blocks that are not there": ("training=TrainingSpec(frozen_blocks=(7,))", "among the blocks 0 to 3"),
     "a context probe at no probe epoch": (
         "probes=ProbesSpec(epochs=(0,), context=ContextSpec(epochs=(5,)))", "must be among probes.epochs, but [5]"),

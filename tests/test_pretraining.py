@@ -88,6 +88,8 @@ def test_a_shelf_gives_a_trial_the_same_pretrained_weights_again() -> None:
 def test_without_steps_nothing_else_may_be_said_of_it() -> None:
     with pytest.raises(ValueError, match=r"in_context.length must be left out where in_context.steps is 0"):
         ModelSpec(in_context=InContextSpec(length=32))
+    with pytest.raises(ValueError, match=r"pre-trains without dropout, but got dropout=0.1"):
+        ModelSpec(in_context=InContextSpec(steps=1), dropout=0.1)
     with pytest.raises(ValueError, match="only one can be set, but both are"):
         ModelSpec(in_context=InContextSpec(steps=1), lora=LoraSpec())
 

@@ -17,6 +17,7 @@ from memray.encoding import Batch
 from memray.finetune import Engine, as_tensor
 from memray.measurement import Measurement, context_table, read_scores, remeasure, string_table, token_table
 from memray.measures.order import acquisition_epochs, positional_order
+from memray.measures.prefix import FULL
 from memray.models import load_model, load_tokenizer
 from memray.probes import ContextSpec
 from memray.scoring import AlphabetIds, TokenScores, score
@@ -459,3 +460,24 @@ def test_what_the_context_probe_showed_is_read_back_and_measured_again() -> None
     )
     assert [each.record() for each in again] == [each.record() for each in measurements]
     assert context_table(again) == context
+
+
+def test_what_is_compared_does_not_decide_when_training_stops_and_bounds_what_the_context_probe_says() -> None:
+    spec = TrialSpec(
+        strings=StringsSpec(length=12, alphabet_size=3, num_strings=3),
+        training=TrainingSpec(
+            epochs=150, strings_per_step=0, learning_rate=5e-3, stop_when=StopWhen(at_least=0.8, epochs=1)
+        ),
+        probes=ProbesSpec(epochs=(0, 1), num_held_out=1, context=CONTEXT),
+    )
+    one = spec.model_copy(update={"probes": spec.probes.model_copy(update={"compared_strings": 1})})
+    all_of_them, first = list(run_trial(spec)), list(run_trial(one))
+    assert all_of_them[-1].epoch == first[-1].epoch < 150
+    rows = [row for row in first[-1].strings if row["role"] == "trained"]
+    assert len(rows) == 3
+    assert first[-1].metrics["extractable/4"] == rows[0]["extractable/4"]
+    own = first[-1].context["trained"]
+    assert (
+        first[-1].metrics["context/local_full_source"]
+        == own.is_right[(own.string == 0) & (own.k == FULL) & (own.position >= 2)].mean()
+    )

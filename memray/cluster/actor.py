@@ -50,7 +50,8 @@ def _run(spec: TrialSpec, attempt: Attempt, owner: Any, probe_actors: list[Any])
         from memray.cluster.recorder import Recorder
         from memray.cluster.replay import from_kept_weights, is_kept
 
-        if is_kept(spec, trained):
+        # Of a trial of many devices this process has none: there the trial is trained again.
+        if spec.compute.engine == "torch" and is_kept(spec, trained):
             Recorder(spec, attempt, told=told).record(from_kept_weights(spec, trained))
             return
     checkpoint = folder.checkpoint()

@@ -51,13 +51,17 @@ def as_trained(spec: TrialSpec, measurements: Iterable[Measurement], trained: Tr
         ValueError: If they do not.
     """
     before = {epoch: scores for epoch, scores, _ in read_scores(trained.tokens(), trained.strings())}
+    epoch = -1
     for measurement in measurements:
-        _check(spec, measurement.epoch, measurement.tokens[TRAINED], before[measurement.epoch])
+        epoch = measurement.epoch
+        _check(spec, epoch, measurement.tokens[TRAINED], before.get(epoch))
         yield measurement
+    if epoch < max(before):
+        _check(spec, epoch + 1, None, before[epoch + 1])
 
 
-def _check(spec: TrialSpec, epoch: int, now: TokenScores, before: TokenScores) -> None:
-    if not now.is_identical_to(before):
+def _check(spec: TrialSpec, epoch: int, now: TokenScores | None, before: TokenScores | None) -> None:
+    if now is None or before is None or not now.is_identical_to(before):
         raise ValueError(
             f"a trial that is looked at again must score its strings as it did, to the last bit, but at epoch {epoch} "
             f"of trial {spec.trial_id()} it does not: it was run on another kind of device, or with other versions; "

@@ -137,7 +137,8 @@ class Tracker:
         sent = folder.noted("mlflow") or {}
         run = self.runs.get(("trial", trial.trial_id()))
         is_known = False
-        if self.trusts_notes and run is not None and sent.get("uri") == self.uri:
+        is_ours = run is not None and sent.get("run_id") == run.info.run_id and sent.get("uri") == self.uri
+        if self.trusts_notes and run is not None and is_ours:
             if sent.get("complete") and self._has_ended(run):
                 return True
             is_known = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,9 @@ from memray.probes import GRID_CONTEXT_PERCENTS, KEEPS, REPLACEMENTS, Condition,
 
 FULL = -1
 """The k of the full true prefix, whose replacement is -1 too: nothing was replaced."""
+
+# What rounding can leave of log2 of a guesser's probability of 1.
+NO_SURPRISE = -1e-9
 
 # A token is recalled in a condition if it is the arg-max in at least 4 of 5 redraws.
 LEAST_SHARE_RIGHT = (4, 5)
@@ -70,6 +73,11 @@ class ContextScores:
         """The chosen rows."""
         columns = {name: getattr(self, name)[chosen] for name in self.COLUMNS}
         return ContextScores(**columns, extractable=self.extractable)
+
+    def first(self, number: int) -> ContextScores:
+        """The scores of the first strings."""
+        chosen = self.where(self.string < number)
+        return replace(chosen, extractable=self.extractable[:number])
 
     def of(self, condition: Condition | None) -> ContextScores:
         """The rows of a condition; None is the full true prefix."""
@@ -279,7 +287,10 @@ def _prefix_metrics(
         minimal_prefix(scores, string=string, lengths=lengths, length=length, log2_guess=log2_guesses[string])
         for string in range(scores.num_strings)
     ]
-    tokens = np.concatenate(minimal)
+    # A token that the guesser is sure of holds nothing to be recalled, and no prefix could be enough for it.
+    tokens = np.concatenate([each[guess < NO_SURPRISE] for each, guess in zip(minimal, log2_guesses, strict=False)])
+    if len(tokens) == 0:
+        return {}
     metrics = {f"context/sufficient_share{role}": float(np.mean(np.isfinite(tokens)))}
     if math.isfinite(median := censored_median(tokens)):
         metrics[f"context/minimal_prefix{role}"] = median

@@ -56,6 +56,8 @@ def write_report(
     if not len(frame):
         raise ValueError(f"a report needs finished trials, but {sweep.name} has none; `run` it first")
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):  # an earlier report of the study may have had other figures
+        old.unlink()
     figures = study_figures(sweep, frame)
     if record is not None and guesser is not None and "order/spearman" in frame:
         figures.append(order_chart(record, guesser))

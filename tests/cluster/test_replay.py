@@ -1,5 +1,6 @@
 """Probes that are added to a finished trial, from kept weights or by training it again."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from memray.cluster.audit import remeasured
 from memray.cluster.ledger import Ledger, TrialFolder
 from memray.cluster.recorder import Recorder
-from memray.cluster.replay import from_kept_weights, is_kept
+from memray.cluster.replay import as_trained, from_kept_weights, is_kept
 from memray.cluster.tracking import results
 from memray.measurement import Measurement
 from memray.probes import ContextSpec
@@ -85,6 +86,17 @@ def test_a_trial_that_does_not_repeat_itself_is_refused(tmp_path: Path) -> None:
         Recorder(other, attempt, trained=own).record(run_trial(other, shelf=SHELF))
 
 
+def test_a_trial_that_ends_sooner_or_later_than_it_did_is_refused(tmp_path: Path) -> None:
+    own = run(FIRST, ledger_of(FIRST, tmp_path))
+    measurements = list(run_trial(FIRST, shelf=SHELF))
+    assert len(list(as_trained(FIRST, measurements, own))) == 5
+    with pytest.raises(ValueError, match="to the last bit, but at epoch 4"):
+        list(as_trained(FIRST, measurements[:-1], own))
+    beyond = replace(measurements[-1], epoch=5)
+    with pytest.raises(ValueError, match="to the last bit, but at epoch 5"):
+        list(as_trained(FIRST, [*measurements, beyond], own))
+
+
 STUDY = '''"""Is a finished trial looked at again?
 
 Hypothesis: yes.
@@ -126,3 +138,5 @@ def test_a_finished_sweep_is_probed_again_and_keeps_what_it_was(tmp_path: Path) 
     assert folder.count("runs") >= runs  # those of the trials and cells made anew, the old ones marked as deleted
     assert "0 to run" in folder.run("plan", "-p", "held_out=3").stdout
     assert "0 to run" in folder.run("plan").stdout
+    folder.run("run")  # the first probes again: what MLflow shows must follow
+    folder.run("audit")
