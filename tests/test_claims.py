@@ -19,7 +19,7 @@ from memray.report import SPEED
 from memray.report.claims import CLAIMS, Claim, Finding, Judgement, claims_of, judge
 from memray.report.effects import UNBOUNDED, Mean, Shift
 from memray.report.estimands import over_num_strings
-from memray.report.replicates import plateau, seen_cells
+from memray.report.replicates import extractable_beyond_robust, plateau, seen_cells
 from memray.spec import LoraSpec, ModelSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.sweep import Sweep, replicates, vary
 
@@ -146,6 +146,22 @@ def before_onset(accuracy: float, spread: float) -> Plant:
     return plant
 
 
+def half_recalled(beyond: float, spread: float) -> Plant:
+    """Extractability beside robust recall where half is recalled; elsewhere they differ by what decides nothing."""
+
+    def plant(trial: TrialSpec, normal: float) -> Rows:
+        extractable = 0.55 + beyond + spread * normal
+        return {
+            0: {"recall/robust": 0.2, "extractable/50": 0.2},
+            20: {"recall/robust": 0.5},  # not probed
+            30: {"recall/robust": 0.55, "extractable/50": extractable},
+            50: {"recall/robust": 0.8, "extractable/50": 0.8},
+            LAST: {"recall/robust": 1.0, "extractable/50": 1.0},
+        }
+
+    return plant
+
+
 ALPHABETS: Cells = [{"strings.alphabet_size": size} for size in (2, 7, 26)]
 ENTROPIES: Cells = [{"strings.entropy_bits": bits} for bits in (1.0, 2.807, 4.7)]
 AT_ENTROPY: Cells = [{"strings.alphabet_size": size, "strings.entropy_bits": 1.0} for size in (2, 26)]
@@ -223,7 +239,9 @@ PLANTINGS = [
     Planting("A11", IN_CONTEXT, inferred(6.0, 1.0), inferred(-6.0, 1.0), inferred(0.0, 5.0)),
     Planting("A12", ALPHABETS, *values("order/spearman", 0.02, 0.5, 0.0, 0.4), num_findings=3),
     Planting("A12", ALPHABETS, *values("order/spearman", -0.02, -0.5, 0.0, 0.4), num_findings=3),
-    Planting("A13 contiguous", ALPHABETS, *values("extractable/50", 0.1, 1.5, 0.8, 0.3), num_findings=3),
+    Planting(
+        "A13 contiguous", ALPHABETS, half_recalled(-0.3, 0.01), half_recalled(0.3, 0.01), half_recalled(-0.1, 0.3), 3
+    ),
     Planting("A13 raw", ALPHABETS, before_onset(0.5, 0.01), before_onset(-0.5, 0.01), before_onset(0.1, 0.2), 3),
     Planting("A14", ALPHABETS, probed(-0.01, 0, 0.01), probed(-0.3, 0, 0.01), probed(-0.05, 0, 0.2), 3),
     Planting("A15", ALPHABETS, probed(0, -0.3, 0.01), probed(0, 0.3, 0.01), probed(0, 0, 0.2), 6),
@@ -432,6 +450,107 @@ def test_the_arms_of_a_study_of_dataset_size_are_told_apart():
     for each in found:
         scale = 1 if each.what == "in epochs" else np.array([1, 2, 4])
         np.testing.assert_array_equal(np.array(each.values).T, np.broadcast_to(7.0 * scale, (2, 3)))
+
+
+def stopped(trial: TrialSpec, speed: float) -> Rows:
+    """T where the trial was followed for so long."""
+    epochs = trial.num_epochs
+    return {0: {}, epochs: {SPEED: speed if speed <= epochs else math.nan}}
+
+
+@pytest.mark.parametrize("few_arrive", [False, True])
+def test_what_was_followed_for_less_long_is_not_slower_for_it(few_arrive: bool):
+    counts = (1, 64)
+    equal_steps: Cells = [{"strings.num_strings": count, "training.epochs": 960 // count} for count in counts]
+    sweep = grid("dataset_size", equal_steps, seeds=5)
+
+    def plant(trial: TrialSpec) -> Rows:
+        # Two of five arrive in 15 epochs, under either number of strings.
+        return stopped(trial, 10.0 if few_arrive and trial.string_seed < 2 else 50.0 + trial.string_seed)
+
+    in_epochs, in_steps = judge(sweep, planted(sweep, plant))
+    assert (in_epochs.evidence.where, in_epochs.evidence.what) == ("equal steps", "in epochs")
+    assert in_epochs.verdict == "undecided"
+    one, many = in_epochs.evidence.values
+    np.testing.assert_array_equal(one, many)
+    # Both were followed for 960 steps, in which one string always arrives, and 64 do in 640 if at all.
+    assert np.isfinite(in_steps.evidence.values[0]).all()
+    assert in_steps.verdict == "supported"
+
+
+def test_equal_epochs_of_more_strings_are_more_steps_than_fewer_were_followed_for():
+    sweep = grid("dataset_size", [{"strings.num_strings": count} for count in (1, 4)], seeds=5)
+    # One string alone never arrives in its 400 steps; four do, in 1,200 of 1,600.
+    frame = planted(sweep, lambda trial: stopped(trial, 300.0 if trial.strings.num_strings == 4 else 500.0))
+    in_epochs, in_steps = judge(sweep, frame)
+    assert in_epochs.verdict == "contradicted"
+    assert in_steps.verdict == "undecided"
+    assert np.isinf(in_steps.evidence.values).all()
+
+
+def test_one_that_arrived_before_it_stopped_cuts_nothing_off():
+    sweep = grid("dataset_size", [{"strings.num_strings": n, "training.epochs": 960 // n} for n in (1, 64)], seeds=5)
+    frame = planted(sweep, lambda trial: stopped(trial, {1: 50.0, 64: 10.0}[trial.strings.num_strings]))
+    in_epochs, _ = judge(sweep, frame)
+    assert (in_epochs.estimate, in_epochs.verdict) == (pytest.approx(-0.8), "contradicted")
+
+
+def test_an_untrained_model_that_was_given_up_early_is_not_slower_than_a_late_pretrained_one():
+    cells: Cells = [PRETRAINED[0] | {"training.epochs": 100}, PRETRAINED[1]]
+    sweep = grid("pretraining", cells, seeds=5)
+    (found,) = judge(sweep, planted(sweep, lambda trial: stopped(trial, 200.0)))
+    assert found.verdict == "undecided"
+    assert np.isinf(found.evidence.values).all()
+
+
+def test_a_ratio_of_what_was_not_reached_is_unknown():
+    cells = [cell | {"training.epochs": 60 if "training.optimiser" in cell else LAST} for cell in PROCEDURES]
+    sweep = grid("mechanism", cells, seeds=5)
+    # Twice as fast at the higher entropy under either procedure, of which one stops between the two.
+    frame = planted(sweep, lambda trial: stopped(trial, 40.0 if trial.strings.nominal_entropy_bits > 2 else 80.0))
+    cut_off = next(each for each in judge(sweep, frame) if "sgd" in each.evidence.where)
+    np.testing.assert_array_equal(cut_off.evidence.values, [[0.5] * 5, [math.nan] * 5])
+    assert cut_off.verdict == "undecided"
+    assert math.isnan(cut_off.estimate)
+
+
+def test_extractability_is_compared_where_half_is_recalled_or_not_at_all():
+    measured = {"recall/robust": 0.5, "extractable/50": 0.1}
+    for rows, expected in (
+        ({0: {"recall/robust": 0.9, "extractable/50": 0.2}, 5: measured, 9: {"recall/robust": 0.5}}, -0.4),
+        ({0: {"recall/robust": 0.24, "extractable/50": 0.0}, 5: {"recall/robust": 0.91, "extractable/50": 0.9}}, None),
+        ({0: {"recall/robust": 0.5}}, None),
+    ):
+        frame = planted(Sweep([BASE]), lambda trial, rows=rows: rows)
+        np.testing.assert_allclose(extractable_beyond_robust(BASE, frame), math.nan if expected is None else expected)
+    sweep = grid("measures", [{}], seeds=5)
+    at_the_ends = {
+        0: {"recall/robust": 0.0, "extractable/50": 0.0},
+        LAST: {"recall/robust": 1.0, "extractable/50": 0.5},
+    }
+    assert judge(sweep, planted(sweep, lambda trial: at_the_ends)) == []
+
+
+def test_alphabets_of_one_entropy_are_compared_skew_by_skew():
+    skews = ("one-token", "geometric")
+    cells: Cells = [
+        {"strings.alphabet_size": size, "strings.entropy_bits": 2.0, "strings.skew": skew}
+        for skew in skews
+        for size in (7, 26)
+    ]
+    uniform: Cells = [{"strings.alphabet_size": 4}]
+    sweep = grid("alphabet_at_entropy", [*uniform, *cells], seeds=5)
+    speeds = {("one-token", 7): 20.0, ("one-token", 26): 30.0, ("geometric", 7): 50.0, ("geometric", 26): 60.0}
+
+    def plant(trial: TrialSpec) -> Rows:
+        strings = trial.strings
+        return stopped(trial, speeds.get((strings.skew, strings.alphabet_size), 10.0))
+
+    found = {each.evidence.where: each.evidence for each in judge(sweep, planted(sweep, plant))}
+    assert list(found) == [f"entropy 2 bits, skew {skew}" for skew in skews]
+    for skew, evidence in zip(skews, found.values(), strict=True):
+        assert evidence.levels == ("4", "7", "26")
+        assert [each[0] for each in evidence.values] == [10.0, speeds[skew, 7], speeds[skew, 26]]
 
 
 def test_the_slope_on_held_out_kl_holds_the_family_and_is_that_of_a_regression():

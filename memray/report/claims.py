@@ -2,14 +2,15 @@
 
 The rule. The unit is the string. The effect is that of the last level on the first (or of a single cell on itself),
 with the 95 % interval of `effects`: of two levels Hodges and Lehmann's shift, of logarithms where a claim is relative,
-with replicates that were never reached as the latest; of one cell the mean. Its p-value is the smallest alpha at which
-the 1 - alpha interval lies beyond the smallest effect of interest, so that Holm's adjustment over the table takes each
-interval at its own level. Where a claim is that something moves with an ordered factor, and this has more than two
-levels, Jonckheere and Terpstra's test over all of them must show the same direction: the larger p-value counts. A row
-is *supported* where the adjusted p-value on the claimed side is at most 0.05, *contradicted* where that on the other
-side is, else *undecided*, as is every row with fewer than five replicates a level, which takes no part in Holm's
-adjustment. Of the replicates that would decide it, the table says how many more than chance would need at a power of
-80 %, if the effect stayed what it is.
+with replicates that were never reached as the latest; of one cell the mean. Where levels were followed for different
+numbers of epochs, what lies beyond the shortest horizon counts as never reached in all of them. The p-value of an
+effect is the smallest alpha at which the 1 - alpha interval lies beyond the smallest effect of interest, so that Holm's
+adjustment over the table takes each interval at its own level. Where a claim is that something moves with an ordered
+factor, and this has more than two levels, Jonckheere and Terpstra's test over all of them must show the same direction:
+the larger p-value counts. A row is *supported* where the adjusted p-value on the claimed side is at most 0.05,
+*contradicted* where that on the other side is, else *undecided*, as is every row with fewer than five replicates a
+level, which takes no part in Holm's adjustment. Of the replicates that would decide it, the table says how many more
+than chance would need at a power of 80 %, if the effect stayed what it is.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from memray.report.placements import varies_placement
 from memray.report.replicates import (
     accuracy_at_onset,
     accuracy_beyond_robust,
-    difference,
+    extractable_beyond_robust,
     first,
     last,
     plateau,
@@ -143,7 +144,7 @@ CLAIMS = (
     Claim(
         id="A6", sentence="At equal entropy the size of the alphabet has no effect.", source=RANDOM_STRINGS,
         studies=("alphabet_at_entropy",), estimand=over_alphabets_at_entropy,
-        measured=f"{SPEED_TEXT} from the smallest to the largest alphabet at equal entropy",
+        measured=f"{SPEED_TEXT} from the smallest to the largest alphabet at equal entropy and skew (or uniform)",
         direction="stays", smallest=0.10, unit="relative",
     ),
     Claim(
@@ -155,7 +156,7 @@ CLAIMS = (
     Claim(
         id="A8", sentence="Strings that compress better are not memorised faster for it.", source=RANDOM_STRINGS,
         studies=("conditional_entropy", "structure"), estimand=over_compressibility,
-        measured=f"{SPEED_TEXT} from the most to the least compressible strings of one entropy",
+        measured=f"{SPEED_TEXT} from the most to the least compressible strings of one entropy and skew",
         direction="does not rise", smallest=0.10, unit="relative",
     ),
     Claim(
@@ -167,7 +168,8 @@ CLAIMS = (
     ),
     Claim(
         id="A10", sentence="Untrained models memorise more slowly.", source=RANDOM_STRINGS, studies=("pretraining",),
-        estimand=pretrained_and_untrained, measured=f"{SPEED_TEXT} from pre-trained to untrained models",
+        estimand=pretrained_and_untrained,
+        measured=f"{SPEED_TEXT} from pre-trained to untrained models, up to the shorter horizon of the two",
         direction="rises", smallest=0.10, unit="relative",
     ),
     Claim(
@@ -185,8 +187,9 @@ CLAIMS = (
     ),
     Claim(
         id="A13", sentence="Contiguous measures understate recall.", source=RANDOM_STRINGS, studies=("measures",),
-        estimand=in_each_cell(difference("extractable/50", "recall/robust")),
-        measured="50/50 extractability less robust recall, at the last epoch",
+        estimand=in_each_cell(extractable_beyond_robust),
+        measured="50/50 extractability less robust recall, at the probe epoch whose robust recall, within 0.25–0.9, is "
+        "nearest to one half",
         direction="falls", smallest=0.1, unit="of 1",
     ),
     Claim(
@@ -212,12 +215,14 @@ CLAIMS = (
         id="A16", sentence="The effect of entropy depends on the procedure.",
         source="open question 1 of " + RANDOM_STRINGS, studies=("mechanism",), estimand=interaction_with_entropy,
         measured="ratio of T at the highest to T at the lowest entropy: change from the first procedure, each at its "
-        "best rate",
+        "best rate; unknown unless both were reached",
         direction="moves", smallest=0.10, unit="relative",
     ),
     Claim(
         id="A17", sentence="More strings are memorised more slowly.", source=RANDOM_STRINGS, studies=("dataset_size",),
-        estimand=over_num_strings, measured=f"{SPEED_TEXT}, of the strings that all share, from fewest to most strings",
+        estimand=over_num_strings,
+        measured=f"{SPEED_TEXT}, of the strings that all share, from fewest to most strings, up to the shortest "
+        "horizon among them",
         direction="rises", smallest=0.10, unit="relative",
     ),
 )  # fmt: skip

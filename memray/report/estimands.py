@@ -2,7 +2,8 @@
 
 An estimand takes the cells of a sweep that have results and gives the evidence that is in them, one piece for each
 place where its question can be asked; none where the sweep lacks the cells or the columns. A replicate for which a
-value is undefined is left out; one that never reached it counts as the latest.
+value is undefined is left out; one that never reached it counts as the latest. Levels that were not followed for
+equally long are compared up to the shortest horizon.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from memray.report.replicates import (
     Seen,
     difference,
     first,
+    followed,
+    followed_in_steps,
     groups,
     local_key,
     local_lengths,
@@ -31,11 +34,13 @@ from memray.report.replicates import (
     small_prefix,
     speed,
     speed_in_steps,
+    up_to_common_horizon,
 )
 
 ENTROPY = "strings.entropy_bits"
 ALPHABET_SIZE = "strings.alphabet_size"
 NUM_STRINGS = "strings.num_strings"
+SKEW = "strings.skew"
 LEARNING_RATE = "training.learning_rate"
 # The fields that decide how much of a string its source makes predictable.
 STRUCTURE = (
@@ -115,7 +120,8 @@ def over(factor: str, quantity: Quantity = speed, *, what: str = "", kinds: Sequ
         ]
         found = []
         for group in groups(cells, lambda cell: cell.held((factor,))):
-            levels = {float(cell.params[factor]): cell.values(quantity) for cell in group}
+            comparable = up_to_common_horizon(group, quantity)
+            levels = {float(cell.params[factor]): cell.values(comparable) for cell in group}
             named = [(value_text(level), levels[level]) for level in sorted(levels)]
             found += _between(named, where=group[0].where((factor,)), what=what)
         return found
@@ -127,12 +133,13 @@ def over(factor: str, quantity: Quantity = speed, *, what: str = "", kinds: Sequ
 
 
 def over_alphabets_at_entropy(cells: Sequence[Seen]) -> list[Evidence]:
-    """T over alphabet sizes whose sources have the same entropy."""
+    """T over alphabet sizes whose sources have the same entropy and the same skew, or are uniform."""
     found = []
     for group in _of_equal_entropy(cells, (ALPHABET_SIZE,)):
-        levels = {int(cell.params[ALPHABET_SIZE]): cell.values(speed) for cell in group}
+        comparable = up_to_common_horizon(group, speed)
+        levels = {int(cell.params[ALPHABET_SIZE]): cell.values(comparable) for cell in group}
         named = [(str(level), levels[level]) for level in sorted(levels)]
-        found += _between(named, where=_at_entropy(group[0]))
+        found += _between(named, where=_at_entropy(group))
     return found
 
 
@@ -143,22 +150,38 @@ def over_compressibility(cells: Sequence[Seen]) -> list[Evidence]:
     found = []
     for group in _of_equal_entropy(cells, STRUCTURE):
         ordered = sorted(group, key=lambda cell: cell.median(zlib_bits))
-        named = [(f"{cell.median(zlib_bits):.3g} zlib bits", cell.values(speed)) for cell in ordered]
-        found += _between(named, where=_at_entropy(group[0]))
+        comparable = up_to_common_horizon(group, speed)
+        named = [(f"{cell.median(zlib_bits):.3g} zlib bits", cell.values(comparable)) for cell in ordered]
+        found += _between(named, where=_at_entropy(group))
     return found
 
 
 def _of_equal_entropy(cells: Sequence[Seen], moved: Sequence[str]) -> list[list[Seen]]:
-    """Cells of the same entropy, to a hundredth of a bit, that differ in some fields at most."""
+    """Cells of the same entropy, to a hundredth of a bit, and skew that differ in some fields at most.
+
+    A uniform source has no skew: it is the end of each, and stands with all of them.
+    """
 
     def held(cell: Seen) -> dict[str, str]:
-        return cell.held((*moved, ENTROPY, "strings.skew")) | {ENTROPY: f"{cell.params[ENTROPY]:.2f}"}
+        return cell.held((*moved, ENTROPY, SKEW)) | {ENTROPY: f"{cell.params[ENTROPY]:.2f}"}
 
-    return groups([cell for cell in cells if is_number(cell.params[ENTROPY])], held)
+    found = []
+    for alike in groups([cell for cell in cells if is_number(cell.params[ENTROPY])], held):
+        skews = dict.fromkeys(skew for cell in alike if (skew := _skew(cell)))
+        found += [[cell for cell in alike if _skew(cell) in ("", skew)] for skew in skews or [""]]
+    return found
 
 
-def _at_entropy(cell: Seen) -> str:
-    return f"entropy {cell.params[ENTROPY]:.3g} bits"
+def _skew(cell: Seen) -> str:
+    """The skew; empty of a uniform source."""
+    strings = cell.spec.strings.canonical()
+    return "" if strings.entropy_bits is None else strings.skew
+
+
+def _at_entropy(group: Sequence[Seen]) -> str:
+    entropy = f"entropy {group[0].params[ENTROPY]:.3g} bits"
+    skew = max(map(_skew, group))  # uniform ones have an empty one
+    return f"{entropy}, skew {skew}" if skew and SKEW in group[0].factors else entropy
 
 
 def pretrained_and_untrained(cells: Sequence[Seen]) -> list[Evidence]:
@@ -175,7 +198,8 @@ def pretrained_and_untrained(cells: Sequence[Seen]) -> list[Evidence]:
     for group in groups(cells, lambda cell: cell.held(moved)):
         ordered = sorted(group, key=training)
         if training(ordered[0]) == (False, 0) < training(ordered[-1]):
-            named = [("pre-trained", ordered[-1].values(speed)), ("untrained", ordered[0].values(speed))]
+            comparable = up_to_common_horizon((ordered[-1], ordered[0]), speed)
+            named = [("pre-trained", ordered[-1].values(comparable)), ("untrained", ordered[0].values(comparable))]
             found += _between(named, where=group[0].where(moved))
     return found
 
@@ -278,7 +302,10 @@ def _interactions(cells: Sequence[Seen]) -> list[Evidence]:
 
 
 def _entropy_ratio(cells: Sequence[Seen], ends: tuple[float, float]) -> Values:
-    """T at the higher entropy over T at the lower, of each string that has both; nan where neither was reached."""
+    """T at the higher entropy over T at the lower, of each string that has both; nan unless both were reached.
+
+    With one of them censored, the ratio is known to lie beyond some number, which is not to be 0 or infinite.
+    """
     by_end = []
     for entropy in ends:
         # A median that is undefined is no best one.
@@ -287,14 +314,17 @@ def _entropy_ratio(cells: Sequence[Seen], ends: tuple[float, float]) -> Values:
             return np.empty(0)
         by_end.append(min(at_end, key=lambda cell: cell.median(speed)).by_string(speed))
     low, high = by_end
-    seeds = sorted(low.keys() & high.keys())
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.array([high[seed] for seed in seeds]) / np.array([low[seed] for seed in seeds])
+    pairs = [(low[seed], high[seed]) for seed in sorted(low.keys() & high.keys())]
+    return np.array([y / x if math.isfinite(x) and math.isfinite(y) else math.nan for x, y in pairs])
 
 
 def over_num_strings(cells: Sequence[Seen]) -> list[Evidence]:
     """T of the shared strings over the number of strings, in epochs and in steps, in three arms: of equal epochs, of
-    equal optimiser steps, and of equal tokens in all."""
+    equal optimiser steps, and of equal tokens in all.
+
+    Levels that were followed for equally many epochs were not for equally many steps, nor the other way round; so
+    each comparison ends, in its own unit, with the level of the shortest horizon.
+    """
 
     def steps(cell: Seen) -> int:
         return cell.spec.num_epochs * cell.spec.steps_per_epoch
@@ -313,8 +343,12 @@ def over_num_strings(cells: Sequence[Seen]) -> list[Evidence]:
             if arm == "equal steps" and len({cell.spec.num_epochs for cell in group}) == 1:
                 continue  # of equal epochs as well
             ordered = sorted(group, key=lambda cell: cell.spec.strings.num_strings)
-            for unit, quantity in (("epochs", speed), ("steps", speed_in_steps)):
-                levels = {cell.spec.strings.num_strings: cell.values(quantity) for cell in ordered}
+            for unit, quantity, horizon in (
+                ("epochs", speed, followed),
+                ("steps", speed_in_steps, followed_in_steps),
+            ):
+                comparable = up_to_common_horizon(group, quantity, horizon)
+                levels = {cell.spec.strings.num_strings: cell.values(comparable) for cell in ordered}
                 named = [(str(level), values) for level, values in levels.items()]
                 elsewhere = ordered[0].where((NUM_STRINGS, "training.epochs", "strings.length"))
                 found += _between(named, where=", ".join(filter(None, (arm, elsewhere))), what=f"in {unit}")

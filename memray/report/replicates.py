@@ -24,6 +24,8 @@ from memray.spec import TrialSpec
 from memray.sweep import Sweep
 
 ONSET, PLATEAU = "phase/memorisation", "phase/plateau"
+# Between no recall and full recall, where all measures of it are the same.
+PARTLY_RECALLED = (0.25, 0.9)
 
 # Of a trial and its rows by epoch: one number.
 Quantity = Callable[[TrialSpec, pd.DataFrame], float]
@@ -184,6 +186,36 @@ def speed_in_steps(trial: TrialSpec, rows: pd.DataFrame) -> float:
     return speed(trial, rows) * trial.steps_per_epoch
 
 
+def followed(trial: TrialSpec, rows: pd.DataFrame) -> float:
+    """Epochs for which a trial was followed."""
+    return last_epoch(rows)
+
+
+def followed_in_steps(trial: TrialSpec, rows: pd.DataFrame) -> float:
+    """Optimiser steps for which a trial was followed."""
+    return last_epoch(rows) * trial.steps_per_epoch
+
+
+def up_to_common_horizon(cells: Sequence[Seen], quantity: Quantity, horizon: Quantity = followed) -> Quantity:
+    """A duration that is censored alike in cells that are to be compared.
+
+    A trial that was followed for 15 epochs in vain is not slower than one that took 50, for it may take 20. So what
+    lies beyond the shortest horizon counts as never reached in all cells; every order that is left is true. Horizons
+    of trials that arrived are no bound: theirs are known, however early they stopped. What is no duration stays.
+
+    Args:
+        horizon: How far a trial was followed, in the unit of the quantity.
+    """
+    trials = [each for cell in cells for each in cell.rows]
+    shortest = min((horizon(*each) for each in trials if math.isinf(quantity(*each))), default=math.inf)
+
+    def censored(trial: TrialSpec, rows: pd.DataFrame) -> float:
+        value = quantity(trial, rows)
+        return math.inf if value > shortest else value
+
+    return censored
+
+
 def plateau(trial: TrialSpec, rows: pd.DataFrame) -> float:
     """Epochs from the distribution's being learned to the onset of memorisation.
 
@@ -213,6 +245,19 @@ def accuracy_beyond_robust(trial: TrialSpec, rows: pd.DataFrame) -> float:
     beyond = column(rows, "recall/token_accuracy") - np.maximum(column(rows, "recall/robust"), 0.0)
     values = _defined(beyond[is_guessing])
     return float(np.mean(values)) if len(values) else math.nan
+
+
+def extractable_beyond_robust(trial: TrialSpec, rows: pd.DataFrame) -> float:
+    """50/50 extractability less robust recall where half is recalled; nan where no probe met partial recall.
+
+    It is taken at the probe whose robust recall is nearest to one half, the first of equals: before memorisation both
+    are 0 and after it both are 1, and there no measure could understate the other.
+    """
+    robust = column(rows, "recall/robust")
+    low, high = PARTLY_RECALLED
+    beyond = column(rows, "extractable/50") - robust
+    usable = np.flatnonzero(~np.isnan(beyond) & (robust >= low) & (robust <= high))
+    return float(beyond[usable[np.argmin(np.abs(robust[usable] - 0.5))]]) if len(usable) else math.nan
 
 
 def _defined(values: Float[ndarray, " _"]) -> Float[ndarray, " defined"]:
