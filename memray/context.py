@@ -214,7 +214,7 @@ class Reader:
         return Predictions(log_prob.cpu().numpy(), log_mass.cpu().numpy(), (argmax == ids).cpu().numpy())
 
     def _tensor(self, array: Int[ndarray, "..."]) -> Int[Tensor, "..."]:
-        return torch.as_tensor(array, device=self.device)
+        return torch.tensor(array, device=self.device)  # a copy: torch warns of arrays that cannot be written
 
 
 def packs(visible: Int[ndarray, " targets"], num_local: int, max_mask_entries: int) -> Iterator[slice]:

@@ -5,7 +5,7 @@ numbers to the last bit. It knows no model.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -265,49 +265,49 @@ def _over_strings(phases: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def token_table(measurements: Sequence[Measurement]) -> pa.Table:
     """The scores of some epochs, one row a target."""
     parts = [(each.epoch, role, scores) for each in measurements for role, scores in each.tokens.items()]
-    counts = [len(scores.string) for _, _, scores in parts]
-    columns: dict[str, Any] = {
-        "epoch": np.repeat(np.array([epoch for epoch, _, _ in parts], dtype=np.int32), counts),
-        "is_held_out": np.repeat(np.array([role == HELD_OUT for _, role, _ in parts]), counts),
-    }
-    for name in TokenScores.COLUMNS:
-        columns[name] = np.concatenate([getattr(scores, name) for _, _, scores in parts])
-    return pa.table(columns)
+    return _score_table(parts, TokenScores.COLUMNS)
 
 
 def context_table(measurements: Sequence[Measurement]) -> pa.Table | None:
     """What the context probe showed at some epochs, one row a target, condition and redraw; None if it never looked."""
     parts = [(each.epoch, role, scores) for each in measurements for role, scores in each.context.items()]
-    if not parts:
-        return None
+    return _score_table(parts, ContextScores.COLUMNS) if parts else None
+
+
+def _score_table(parts: Sequence[tuple[int, str, TokenScores | ContextScores]], names: tuple[str, ...]) -> pa.Table:
+    """The named columns of scores by epoch and role."""
     counts = [len(scores.string) for _, _, scores in parts]
     columns: dict[str, Any] = {
         "epoch": np.repeat(np.array([epoch for epoch, _, _ in parts], dtype=np.int32), counts),
         "is_held_out": np.repeat(np.array([role == HELD_OUT for _, role, _ in parts]), counts),
     }
-    for name in ContextScores.COLUMNS:
+    for name in names:
         columns[name] = np.concatenate([getattr(scores, name) for _, _, scores in parts])
     return pa.table(columns)
 
 
-def read_context(context: pa.Table, strings: pa.Table, spec: ContextSpec) -> dict[int, dict[str, ContextScores]]:
-    """The inverse: by epoch and role. What is extractable stands with the strings."""
-    columns = {name: context[name].to_numpy() for name in context.column_names}
-    rows = strings.select(["epoch", "role", "string", *(f"extractable/{k}" for k in spec.extractable)]).to_pylist()
-    read: dict[int, dict[str, ContextScores]] = {}
+def _parts_of(table: pa.Table, names: tuple[str, ...]) -> Iterator[tuple[int, str, dict[str, ndarray]]]:
+    """The inverse: epoch, role and columns, epochs ascending."""
+    columns = {name: table[name].to_numpy() for name in table.column_names}
     for epoch in np.unique(columns["epoch"]):
         for role in (TRAINED, HELD_OUT):
             chosen = (columns["epoch"] == epoch) & (columns["is_held_out"] == (role == HELD_OUT))
-            if not chosen.any():
-                continue
-            picked = {name: columns[name][chosen] for name in ContextScores.COLUMNS}
-            own = [row for row in rows if row["epoch"] == epoch and row["role"] == role]
-            shares = [
-                [math.nan if (share := row[f"extractable/{k}"]) is None else share for k in spec.extractable]
-                for row in own[: picked["string"].max() + 1]
-            ]
-            extractable = np.array(shares, dtype=np.float64).reshape(len(shares), len(spec.extractable))
-            read.setdefault(int(epoch), {})[role] = ContextScores(**picked, extractable=extractable)
+            if chosen.any():
+                yield int(epoch), role, {name: columns[name][chosen] for name in names}
+
+
+def read_context(context: pa.Table, strings: pa.Table, spec: ContextSpec) -> dict[int, dict[str, ContextScores]]:
+    """The inverse: by epoch and role. What is extractable stands with the strings."""
+    rows = strings.select(["epoch", "role", "string", *(f"extractable/{k}" for k in spec.extractable)]).to_pylist()
+    read: dict[int, dict[str, ContextScores]] = {}
+    for epoch, role, columns in _parts_of(context, ContextScores.COLUMNS):
+        own = [row for row in rows if row["epoch"] == epoch and row["role"] == role]
+        shares = [
+            [math.nan if (share := row[f"extractable/{k}"]) is None else share for k in spec.extractable]
+            for row in own[: columns["string"].max() + 1]
+        ]
+        extractable = np.array(shares, dtype=np.float64).reshape(len(shares), len(spec.extractable))
+        read.setdefault(epoch, {})[role] = ContextScores(**columns, extractable=extractable)
     return read
 
 
@@ -327,18 +327,11 @@ def string_table(measurements: Sequence[Measurement]) -> pa.Table:
 def read_scores(tokens: pa.Table, strings: pa.Table) -> list[tuple[int, TokenScores, TokenScores | None]]:
     """The inverse of the two tables: (epoch, scores of the trained strings, of the held-out ones or None)."""
     means = strings.select(["epoch", "role", "string", "mean_q"]).to_pylist()
-    columns = {name: tokens[name].to_numpy() for name in tokens.column_names}
-    read = []
-    for epoch in np.unique(columns["epoch"]):
-        scores = {}
-        for role in (TRAINED, HELD_OUT):
-            chosen = (columns["epoch"] == epoch) & (columns["is_held_out"] == (role == HELD_OUT))
-            if chosen.any():
-                own = [row["mean_q"] for row in means if row["epoch"] == epoch and row["role"] == role]
-                picked = {name: columns[name][chosen] for name in TokenScores.COLUMNS}
-                scores[role] = TokenScores(**picked, mean_q=np.array(own))
-        read.append((int(epoch), scores[TRAINED], scores.get(HELD_OUT)))
-    return read
+    read: dict[int, dict[str, TokenScores]] = {}
+    for epoch, role, columns in _parts_of(tokens, TokenScores.COLUMNS):
+        own = [row["mean_q"] for row in means if row["epoch"] == epoch and row["role"] == role]
+        read.setdefault(epoch, {})[role] = TokenScores(**columns, mean_q=np.array(own))
+    return [(epoch, scores[TRAINED], scores.get(HELD_OUT)) for epoch, scores in read.items()]
 
 
 def remeasure(

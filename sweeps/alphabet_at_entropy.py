@@ -5,7 +5,7 @@ Strings of one and of two bits a symbol are drawn from alphabets of every size t
 
 Reads: arXiv 2407.19262, alphabet size and entropy; the second of the first experiments that its summary proposes.
 
-Cost: at tiny scale 9 trials a seed, eight seconds each on one core; at paper scale 9 a seed of Pythia-1B at 1,024
+Cost: at tiny scale 9 trials a seed, ten seconds each on one core; at paper scale 9 a seed of Pythia-1B at 1,024
 symbols over 100 epochs.
 """
 

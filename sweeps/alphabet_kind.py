@@ -5,8 +5,8 @@ untrained models not even that.
 
 Reads: arXiv 2407.19262, non-Latin alphabets.
 
-Cost: at tiny scale 7 trials a seed, four seconds each on one core; at paper scale 5 a seed of Pythia-1B, whose
-tokenizer splits some Greek and Chinese symbols.
+Cost: at tiny scale 7 trials a seed, four seconds each on one core (as `plan` has it); at paper scale 5 a seed of
+Pythia-1B, without Greek and Chinese, whose symbols a public tokenizer may split.
 """
 
 from memray.spec import ComputeSpec, ModelSpec, StringsSpec, TrainingSpec, TrialSpec

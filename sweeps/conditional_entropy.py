@@ -5,7 +5,7 @@ a uniform marginal; only the entropy that is left, given the symbol before, is m
 
 Reads: arXiv 2407.19262, on predictive prefixes.
 
-Cost: at tiny scale 4 trials a seed, eight seconds each on one core; at paper scale 4 a seed of Pythia-1B at 1,024
+Cost: at tiny scale 4 trials a seed, ten seconds each on one core; at paper scale 4 a seed of Pythia-1B at 1,024
 symbols over 100 epochs.
 """
 

@@ -5,7 +5,7 @@ where guessing alone already does well.
 
 Reads: arXiv 2407.19262, the two phases.
 
-Cost: at tiny scale 3 trials a seed, eight seconds each on one core; at paper scale 3 a seed of Pythia-1B at 1,024
+Cost: at tiny scale 3 trials a seed, ten seconds each on one core; at paper scale 3 a seed of Pythia-1B at 1,024
 symbols over 100 epochs.
 """
 

@@ -6,8 +6,8 @@ published ones of several families and sizes.
 
 Reads: arXiv 2407.19262, open question 3: Llama-2 infers the alphabet in context and seems to skip the guessing phase.
 
-Cost: at tiny scale 12 trials a seed, five to forty seconds each on one core; at paper scale 8 a seed, Llama-2 by far
-the largest.
+Cost: at tiny scale 12 trials a seed, four to thirty seconds each on one core (as `plan` has it); at paper scale 8 a
+seed, Llama-2 by far the largest.
 """
 
 from memray.spec import ComputeSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec

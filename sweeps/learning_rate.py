@@ -5,8 +5,8 @@ that a spec takes.
 
 Reads: arXiv 2407.19262, training details, which state one rate a family.
 
-Cost: at tiny scale 5 trials a seed, four seconds each on one core; at paper scale 5 a seed of Pythia-1B at 1,024
-symbols over 100 epochs.
+Cost: at tiny scale 5 trials a seed, four seconds each on one core (as `plan` has it); at paper scale 5 a seed of
+Pythia-1B at 1,024 symbols over 100 epochs.
 """
 
 from memray.spec import ComputeSpec, ModelSpec, StringsSpec, TrainingSpec, TrialSpec

@@ -5,8 +5,8 @@ Hypothesis: yes, for untrained models. In the authors' data the loss of an untra
 
 Reads: arXiv 2407.19262, string length, and the authors' data.
 
-Cost: at tiny scale 5 trials a seed, one to eight seconds each on one core; at paper scale 7 a seed of an untrained and
-7 of the published Pythia-1B.
+Cost: at tiny scale 5 trials a seed, one to eight seconds each on one core (as `plan` has it); at paper scale 7 a seed
+of an untrained and 7 of the published Pythia-1B.
 """
 
 from memray.spec import ComputeSpec, ModelSpec, TrainingSpec, TrialSpec

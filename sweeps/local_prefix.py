@@ -5,8 +5,8 @@ before them is drawn from the same source (claim A14). The probe looks in the mi
 
 Reads: arXiv 2407.19262, local prefixes and global context.
 
-Cost: at tiny scale 3 trials a seed, twenty seconds each on one core, most of them for the probe; at paper scale 3 a
-seed of Pythia-1B at 1,024 symbols over 100 epochs.
+Cost: at tiny scale 3 trials a seed, some twenty seconds each on one core (as `plan` has it), most for the probe; at
+paper scale 3 a seed of Pythia-1B at 1,024 symbols over 100 epochs.
 """
 
 from memray.probes import ContextSpec

@@ -5,7 +5,7 @@ it while the model guesses (claim A13).
 
 Reads: arXiv 2407.19262, limitations of memorisation measures.
 
-Cost: at tiny scale 2 trials a seed, twenty seconds each on one core; at paper scale 2 a seed of Pythia-1B at 1,024
+Cost: at tiny scale 2 trials a seed, half a minute each on one core; at paper scale 2 a seed of Pythia-1B at 1,024
 symbols over 100 epochs.
 """
 

@@ -6,7 +6,8 @@ read at its best rate of three.
 
 Reads: arXiv 2407.19262, open question 1.
 
-Cost: at tiny scale 30 trials a seed, three seconds each on one core; at paper scale 30 a seed of Pythia-1B and Phi-1.5.
+Cost: at tiny scale 30 trials a seed, one or two seconds each on one core (as `plan` has it); at paper scale 30 a seed
+of Pythia-1B and Phi-1.5.
 """
 
 from memray.spec import ComputeSpec, LoraSpec, ModelSpec, StringsSpec, TrainingSpec, TrialSpec

@@ -5,7 +5,7 @@ told whether the same tokens come early in both.
 
 Reads: arXiv 2407.19262, the random order of memorisation.
 
-Cost: at tiny scale 4 trials a seed, eight seconds each on one core; at paper scale 2 a seed of Pythia-1B and 2 of
+Cost: at tiny scale 4 trials a seed, ten seconds each on one core; at paper scale 2 a seed of Pythia-1B and 2 of
 Pythia-410M at 1,024 symbols over 100 epochs.
 """
 

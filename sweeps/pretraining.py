@@ -6,8 +6,8 @@ arms are pre-trained here, on fresh random strings, for longer and longer.
 
 Reads: arXiv 2407.19262, pretrained against untrained models, and the authors' data on intermediate checkpoints.
 
-Cost: at tiny scale 3 trials a seed, ten to thirty seconds each on one core; at paper scale 5 a seed of Pythia-1B over
-300 epochs.
+Cost: at tiny scale 3 trials a seed, eight to thirty seconds each on one core (as `plan` has it); at paper scale 5 a
+seed of Pythia-1B over 300 epochs.
 """
 
 from memray.spec import ComputeSpec, ModelSpec, StringsSpec, TrainingSpec, TrialSpec

@@ -5,7 +5,7 @@ reached 0 never is, so that being slow and being cut off look alike.
 
 Reads: arXiv 2407.19262, training details, alphabet size and entropy.
 
-Cost: at tiny scale 5 trials a seed, eight seconds each on one core; at paper scale 5 a seed of Pythia-1B at 1,024
+Cost: at tiny scale 5 trials a seed, ten seconds each on one core; at paper scale 5 a seed of Pythia-1B at 1,024
 symbols over 100 epochs.
 """
 

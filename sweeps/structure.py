@@ -6,7 +6,7 @@ strings of the same entropy (claim A8).
 
 Reads: arXiv 2407.19262; the first of the checks that its summary proposes.
 
-Cost: at tiny scale 9 trials a seed, eight seconds each on one core; at paper scale 9 a seed of Pythia-1B at 1,024
+Cost: at tiny scale 9 trials a seed, ten seconds each on one core; at paper scale 9 a seed of Pythia-1B at 1,024
 symbols over 100 epochs.
 """
 

@@ -304,12 +304,12 @@ def test_a_tiny_p_value_is_not_printed_as_zero():
 # --- health ------------------------------------------------------------------------------------------------------
 
 
-def health_of(constant: Mapping[str, float]) -> list[str]:
+def health_of(constant: Mapping[str, float]) -> dict[str, str]:
     return health_warnings(Sweep([BASE]), planted_trial(BASE, 20.0, constant=constant))
 
 
 def test_a_healthy_trial_has_no_warning():
-    assert health_of({}) == []
+    assert health_of({}) == {}
 
 
 @pytest.mark.parametrize(
@@ -323,14 +323,14 @@ def test_a_healthy_trial_has_no_warning():
     ],
 )
 def test_each_sign_of_failure_is_named(constant: Mapping[str, float], sign: str):
-    (warning,) = health_of(constant)
+    (warning,) = health_of(constant).values()
     assert warning.startswith(sign)
 
 
 def test_held_out_strings_that_were_guessed_well_before_they_fell_are_no_leak():
     rows = planted_trial(BASE, 20.0)
     rows.loc[rows["epoch"] == 5, "guessing/heldout_uncorrected"] = 0.5
-    assert health_warnings(Sweep([BASE]), rows) == []
+    assert health_warnings(Sweep([BASE]), rows) == {}
 
 
 @pytest.mark.parametrize(

@@ -26,28 +26,27 @@ class Sign(NamedTuple):
 
 
 class _Looked(NamedTuple):
-    """How a sign is called, how its warning begins, what it is read from, and what it means that there is none."""
+    """How a sign is called, what it is read from, and what it means that there is none."""
 
     name: str
-    warning: str
     key: str
     fine: str
 
 
 LOOKED = (
     _Looked(
-        "Plateau", "no plateau", "phase/memorisation",
+        "Plateau", "phase/memorisation",
         "guessing and memorisation are apart in every trial that memorised",
     ),
     _Looked(
-        "Guessing", "token accuracy below guessing", "string/guesser_accuracy",
+        "Guessing", "string/guesser_accuracy",
         "token accuracy lies below that of the best guesser for five epochs on end at most",
     ),
     _Looked(
-        "Held-out strings", "memory shown on held-out", "guessing/heldout_uncorrected",
+        "Held-out strings", "guessing/heldout_uncorrected",
         "no memory is shown on strings that were never trained",
     ),
-    _Looked("Ties", "tie rate above", "health/tie_rate", "at most 1 % of the predictions of any epoch are ties"),
+    _Looked("Ties", "health/tie_rate", "at most 1 % of the predictions of any epoch are ties"),
 )  # fmt: skip
 
 
@@ -56,9 +55,8 @@ def signs(sweep: Sweep, frame: pd.DataFrame) -> list[Sign]:
     warnings = health_warnings(sweep, frame)
     found = []
     for looked in LOOKED:
-        warning = next((each for each in warnings if each.startswith(looked.warning)), "")
-        if warning:
-            found.append(Sign(looked.name, "found", warning))
+        if looked.name in warnings:
+            found.append(Sign(looked.name, "found", warnings[looked.name]))
         elif np.isnan(column(frame, looked.key)).all():
             found.append(Sign(looked.name, "not measured", f"no trial has {looked.key}"))
         else:

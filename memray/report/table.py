@@ -28,6 +28,7 @@ from memray.report import (
     spec_values,
     value_text,
 )
+from memray.report.replicates import last_value
 from memray.spec import TrialSpec
 from memray.sweep import Sweep
 
@@ -47,7 +48,7 @@ MAX_HELDOUT_MEMORY = 0.01
 def result_table(sweep: Sweep, frame: pd.DataFrame) -> list[RenderableType]:
     """The page that a finished sweep prints: the table of its cells, a sentence a trend, and warnings."""
     sentences = [Text(trend.sentence()) for trend in trends(sweep, frame)]
-    warnings = [Text(f"warning: {sentence}", style="yellow") for sentence in health_warnings(sweep, frame)]
+    warnings = [Text(f"warning: {sentence}", style="yellow") for sentence in health_warnings(sweep, frame).values()]
     return [_table(sweep, frame), *sentences, *warnings]
 
 
@@ -249,8 +250,8 @@ def _companions(factor: str, cells: Sequence[Cell]) -> list[str]:
 # --- health ------------------------------------------------------------------------------------------------------
 
 
-def health_warnings(sweep: Sweep, frame: pd.DataFrame) -> list[str]:
-    """A sentence for each sign of failure that the data show (protocol, section 3, health)."""
+def health_warnings(sweep: Sweep, frame: pd.DataFrame) -> dict[str, str]:
+    """A sentence for each sign of failure that the data show, by the sign's name (protocol, section 3, health)."""
     rows_of = {
         trial_id: rows.sort_values("epoch", kind="stable") for trial_id, rows in frame.groupby("trial_id", sort=False)
     }
@@ -258,19 +259,23 @@ def health_warnings(sweep: Sweep, frame: pd.DataFrame) -> list[str]:
     rows = {trial_id: rows_of[trial_id] for trial_id in trials}
     ties = {trial_id: float(np.fmax.reduce(column(each, "health/tie_rate"))) for trial_id, each in rows.items()}
     below = {trial_id: float(epochs_below_guessing(trial, rows[trial_id])) for trial_id, trial in trials.items()}
-    leaked = {trial_id: _last(each, "guessing/heldout_uncorrected") for trial_id, each in rows.items()}
-    signs = [
-        _sign(ties, MAX_TIE_RATE, "tie rate above 1 %, and a tie counts as wrong", "{:.1%}"),
-        _sign(below, MAX_EPOCHS_BELOW_GUESSING, "token accuracy below guessing for over five epochs", "{:g} epochs"),
-        _sign(leaked, MAX_HELDOUT_MEMORY, "memory shown on held-out strings at the end (a leak?)", "{:.3f} of 1"),
-    ]
+    leaked = {trial_id: last_value(each, "guessing/heldout_uncorrected") for trial_id, each in rows.items()}
+    signs = {
+        "Ties": _sign(ties, MAX_TIE_RATE, "tie rate above 1 %, and a tie counts as wrong", "{:.1%}"),
+        "Guessing": _sign(
+            below, MAX_EPOCHS_BELOW_GUESSING, "token accuracy below guessing for over five epochs", "{:g} epochs"
+        ),
+        "Held-out strings": _sign(
+            leaked, MAX_HELDOUT_MEMORY, "memory shown on held-out strings at the end (a leak?)", "{:.3f} of 1"
+        ),
+    }
     overlapping = sum(_phases_overlap(each) for each in rows.values())
     if overlapping:
-        signs.append(
+        signs["Plateau"] = (
             f"no plateau between guessing and memorisation in {overlapping} of {len(rows)} trials (overlapping phases: "
             "phase/plateau is missing or at most 0)"
         )
-    return [sign for sign in signs if sign]
+    return {name: sign for name, sign in signs.items() if sign}
 
 
 def _sign(values: Mapping[str, float], most: float, sentence: str, unit: str) -> str:
@@ -304,11 +309,4 @@ def epochs_below_guessing(trial: TrialSpec, rows: pd.DataFrame) -> int:
 
 def _phases_overlap(rows: pd.DataFrame) -> bool:
     """Whether memorisation set in without a plateau before it."""
-    return not math.isnan(_last(rows, "phase/memorisation")) and not _last(rows, "phase/plateau") > 0
-
-
-def _last(rows: pd.DataFrame, key: str) -> float:
-    """The last defined value; nan if there is none."""
-    values = column(rows, key)
-    values = values[~np.isnan(values)]
-    return float(values[-1]) if len(values) else math.nan
+    return not math.isnan(last_value(rows, "phase/memorisation")) and not last_value(rows, "phase/plateau") > 0
