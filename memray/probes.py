@@ -195,21 +195,44 @@ def context_cost_tokens(spec: ContextSpec, length: int, *, bos: bool) -> int:
     return tokens + sum(trunks.values()) + windows
 
 
+class RetentionSpec(Part):
+    """Which strings of other stages are looked at while a curriculum goes on (protocol, section 5).
+
+    Attributes:
+        ages: At the probe epochs within a stage, the strings that were last trained so many stages ago: a number that
+            does not grow with the stages gone by.
+        num_future: Of the strings that come next, so many are looked at too: they show what is learned of the source.
+        stage_ends: Whether the end of a stage asks for all strings trained so far, or for these ages alone.
+    """
+
+    ages: tuple[Positive, ...] = (1, 2, 3, 5, 10, 20, 50, 100)
+    num_future: Annotated[int, Field(ge=0)] = 2
+    stage_ends: Literal["all", "ages"] = "all"
+
+    @field_validator("ages")
+    @classmethod
+    def _ascending(cls, ages: tuple[int, ...]) -> tuple[int, ...]:
+        _check_ascending("ages of probes.retention", ages)
+        return ages
+
+
 class ProbesSpec(Part):
     """What is looked at while a trial trains.
 
     Attributes:
-        epochs: Probe epochs; the last epoch always is one.
+        epochs: Probe epochs, of a curriculum those within each stage; the last epoch always is one.
         num_held_out: Fresh strings of the same source that measure guessing.
         compared_strings: The trial's aggregates are taken over its first this many strings (0: all), so that
             cells with different numbers of strings are compared on the strings that they share.
         context: The prefix and context probe; None is none.
+        retention: Which strings of other stages are looked at, where there is a curriculum.
     """
 
     epochs: tuple[Annotated[int, Field(ge=0)], ...] = PROBE_EPOCHS
     num_held_out: Annotated[int, Field(ge=0)] = 10
     compared_strings: Annotated[int, Field(ge=0)] = 0
     context: ContextSpec | None = None
+    retention: RetentionSpec = RetentionSpec()
 
     @field_validator("epochs")
     @classmethod

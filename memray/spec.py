@@ -17,8 +17,9 @@ from pydantic import Field, model_validator
 
 from memray import families
 from memray.compute import UNHASHED, ComputeSpec
+from memray.curriculum import CurriculumSpec, OtherSpec, Stage
 from memray.part import NOT_HASHED, Part, Positive, Seed, canonical_json, digest, identity_of
-from memray.probes import ProbesSpec
+from memray.probes import ProbesSpec, RetentionSpec
 from memray.strings import (
     ALPHABETS,
     VOCABULARY,
@@ -64,7 +65,7 @@ class StringsSpec(Part):
         entropy_bits: Target entropy of one symbol; None means uniform, log2(alphabet_size) whatever the alphabet.
         skew: How a source below the uniform entropy is skewed.
         length: Symbols a string.
-        num_strings: Strings trained on together.
+        num_strings: Strings that are trained: together, or in the stages of a curriculum.
         order: Markov: how many symbols before it a symbol depends on.
         conditional_entropy_bits: Markov: target entropy of one symbol given those before it; None means that it does
             not depend on them.
@@ -329,7 +330,7 @@ class TrainingSpec(Part):
     """The recipe (protocol, section 2).
 
     Attributes:
-        epochs: None means 100 for pretrained and 300 for untrained models.
+        epochs: Of a curriculum, those of a stage. None means 100 for pretrained and 300 for untrained models.
         strings_per_step: Strings an optimiser step; 0 means all of them.
         learning_rate: Peak rate; None takes the family's, or 1e-3 at the untrained tiny size.
         warmup_steps: Optimiser steps of linear warm-up before the schedule begins.
@@ -377,6 +378,7 @@ class TrialSpec(Part):
     model: ModelSpec = ModelSpec()
     training: TrainingSpec = TrainingSpec()
     compute: ComputeSpec = ComputeSpec()
+    curriculum: CurriculumSpec | None = None
     probes: ProbesSpec = ProbesSpec()
     string_seed: Seed = 0
     model_seed: Seed = 0
@@ -387,6 +389,7 @@ class TrialSpec(Part):
         self._resolve_training()
         self._check_length()
         self._check_vocabulary()
+        self._check_curriculum()
         self._check_steps()
         self._check_frozen()
         if self.probes.compared_strings > self.strings.num_strings:
@@ -422,23 +425,51 @@ class TrialSpec(Part):
             )
 
     def _check_vocabulary(self) -> None:
-        if self.strings.alphabet != VOCABULARY or self.model.path is not None:
+        drawn = [each for each in (self.strings, self.other_strings()) if each and each.alphabet == VOCABULARY]
+        if not drawn or self.model.path is not None:
             return
         size = families.size(self.model.family, self.model.size)
         # The character tokenizer of a tiny size has the built-in symbols, and its special tokens are no symbols. How
         # many of a public vocabulary are special, its tokenizer says.
         largest = sum(map(len, ALPHABETS.values())) if size.hub_id is None else size.vocab_size
-        if self.strings.alphabet_size > largest:
+        if (asked := max(each.alphabet_size for each in drawn)) > largest:
             raise ValueError(
                 f"alphabet 'vocabulary' has at most the {largest} ordinary tokens of {self.model.family} "
-                f"{self.model.size}, but alphabet_size is {self.strings.alphabet_size}; lower it or take another model"
+                f"{self.model.size}, but alphabet_size is {asked}; lower it or take another model"
             )
 
-    def _check_steps(self) -> None:
-        strings, step = self.strings.num_strings, self.training.strings_per_step or self.strings.num_strings
-        if strings % step:
+    def _check_curriculum(self) -> None:
+        if self.curriculum is None:
+            if self.probes.retention != RetentionSpec():
+                raise ValueError(
+                    "probes.retention asks for strings of earlier stages, but the trial has no curriculum; set one, or "
+                    "leave it out"
+                )
+            return
+        self.curriculum.stages(self.strings.num_strings)
+        if self.strings.kind == "text" and self.curriculum.unrepeated:
             raise ValueError(
-                "training.strings_per_step must divide strings.num_strings, so that every step of an epoch is the same "
+                "curriculum.unrepeated needs a source that never runs out, but strings.kind is 'text'; take a random "
+                "source, or leave it out"
+            )
+        refused = {
+            "probes.context": self.probes.context is not None,
+            "probes.compared_strings": self.probes.compared_strings > 0,
+            "training.keep_weights='probe_epochs'": self.training.keep_weights == "probe_epochs",
+            "training.strings_per_forward beside curriculum.replay_share": (
+                self.training.strings_per_forward > 0 and self.curriculum.replay_share > 0
+            ),
+        }
+        if any(refused.values()):
+            named = ", ".join(name for name, is_set in refused.items() if is_set)
+            raise ValueError(f"a trial with a curriculum does not know {named}; leave it out")
+
+    def _check_steps(self) -> None:
+        strings, step = self.strings_together, self.training.strings_per_step or self.strings_together
+        if strings % step:
+            whole = "strings.num_strings" if self.curriculum is None else "curriculum.strings_per_stage"
+            raise ValueError(
+                f"training.strings_per_step must divide {whole}, so that every step of an epoch is the same "
                 f"size, but got {step} and {strings}; take a divisor, or 0 for all strings"
             )
         workers, forward = self.compute.workers, self.training.strings_per_forward
@@ -477,16 +508,43 @@ class TrialSpec(Part):
         """
         return self.strings.source(seed=self.string_seed)
 
+    def other_strings(self) -> StringsSpec | None:
+        """The strings of the stages that have another source; None where no stage has.
+
+        Raises:
+            ValueError: If there is no such source.
+        """
+        other = self.curriculum.other if self.curriculum else None
+        if other is None:
+            return None
+        if self.strings.kind == "text":
+            raise ValueError(
+                "curriculum.other changes the symbols of a random source, but strings.kind is 'text'; leave it out"
+            )
+        stated = self.strings.model_dump(exclude_unset=True) | other.changes()
+        if "alphabet" in other.changes() and other.alphabet_size is None and "alphabet_size" not in stated:
+            stated["alphabet_size"] = self.strings.alphabet_size
+        return StringsSpec(**stated)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """What is trained one after the other; without a curriculum there are no stages."""
+        return self.curriculum.stages(self.strings.num_strings) if self.curriculum else ()
+
+    @property
+    def strings_together(self) -> int:
+        """Strings that are trained together: all, or those of a stage."""
+        return self.curriculum.strings_per_stage if self.curriculum else self.strings.num_strings
+
     @property
     def num_epochs(self) -> int:
-        """Epochs at most; `stop_when` may end training earlier."""
+        """Epochs at most, of all stages together; `stop_when` may end training, or each stage, earlier."""
         assert self.training.epochs is not None  # filled in by the validator
-        return self.training.epochs
+        return self.training.epochs * (len(self.stages()) or 1)
 
     @property
     def strings_per_worker(self) -> int:
         """Strings of a step that each worker computes: its share, or all where they are fewer than the workers."""
-        step = self.training.strings_per_step or self.strings.num_strings
+        step = self.training.strings_per_step or self.strings_together
         return step // self.compute.workers if step >= self.compute.workers else step
 
     @property
@@ -497,7 +555,7 @@ class TrialSpec(Part):
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps an epoch."""
-        return self.strings.num_strings // (self.training.strings_per_step or self.strings.num_strings)
+        return self.strings_together // (self.training.strings_per_step or self.strings_together)
 
     def canonical_json(self) -> str:
         """What the trial id hashes: the fields of what is trained that differ from their defaults."""
@@ -538,8 +596,15 @@ class TrialSpec(Part):
             flat["compute.zero_stage"] = "none"
         if self.model.in_context.steps == 0:
             flat.update({f"model.in_context.{name}": "none" for name in InContextSpec.model_fields if name != "steps"})
-        flat["training.frozen_blocks"] = flat["training.frozen_blocks"] or "none"
-        for name, part in (("model.lora", LoraSpec), ("training.stop_when", StopWhen)):
+        for name in ("training.frozen_blocks", "curriculum.revisits", "curriculum.unrepeated"):
+            flat[name] = flat.get(name) or "none"
+        flat["curriculum.num_stages"] = len(self.stages()) or "none"
+        for name, part in (
+            ("model.lora", LoraSpec),
+            ("training.stop_when", StopWhen),
+            ("curriculum", CurriculumSpec),
+            ("curriculum.other", OtherSpec),
+        ):
             if flat.pop(name, "") == "none":
                 flat.update({f"{name}.{key}": "none" for key in part.model_fields})
         return {name: _shortened(value) for name, value in sorted(flat.items())}

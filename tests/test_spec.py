@@ -504,6 +504,10 @@ def test_params_are_bare_numbers_and_none_where_nothing_applies() -> None:
         "strings.branching", "strings.conditional_entropy_bits", "strings.depth", "strings.motif_length",
         "strings.order", "strings.sha256", "training.frozen_blocks", "training.keep_weights", "training.momentum",
         "training.stop_when.at_least", "training.stop_when.epochs", "training.stop_when.metric",
+        "curriculum.num_stages", "curriculum.optimiser", "curriculum.other.alphabet", "curriculum.other.alphabet_size",
+        "curriculum.other.entropy_bits", "curriculum.other.skew", "curriculum.other.stages", "curriculum.replay_share",
+        "curriculum.revisits", "curriculum.schedule", "curriculum.strings_per_stage", "curriculum.unrepeated",
+        "curriculum.weights",
     }  # fmt: skip
 
 
