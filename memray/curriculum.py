@@ -1,7 +1,7 @@
 """Strings one after another: the part of a spec that says what each stage trains, and what it takes over.
 
 A stage is what a trial without a curriculum is as a whole: some strings, trained for `training.epochs` epochs. The
-trial's strings are shared out among the stages in their order, so that `strings.num_strings` is what a sequence is long.
+strings of a trial are shared out among its stages in order: `strings.num_strings` is how long a sequence is.
 """
 
 from dataclasses import dataclass

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from memray.curriculum import CurriculumSpec, OtherSpec
 from memray.families import FAMILIES
 from memray.spec import (
     UNHASHED,
@@ -548,10 +549,11 @@ def test_params_hold_every_field_of_what_is_trained() -> None:
     expected = {"string_seed", "model_seed", "order_seed"}
     parts: dict[str, type[Part]] = {"strings": StringsSpec, "model": ModelSpec, "training": TrainingSpec,
              "compute": ComputeSpec, "model.lora": LoraSpec, "model.in_context": InContextSpec,
-             "training.stop_when": StopWhen}  # fmt: skip
+             "training.stop_when": StopWhen, "curriculum": CurriculumSpec, "curriculum.other": OtherSpec}  # fmt: skip
     for name, part in parts.items():
         expected |= {f"{name}.{field}" for field in part.model_fields}
-    expected -= {"model.lora", "model.in_context", "training.stop_when", "strings.path"}
+    expected -= {"model.lora", "model.in_context", "training.stop_when", "strings.path", "curriculum.other"}
+    expected |= {"curriculum.num_stages"}  # which follows from the rest, and is an axis
     expected -= {*(f"compute.{name}" for name in UNHASHED)}
     assert TrialSpec().params().keys() == expected
 
