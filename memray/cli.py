@@ -325,8 +325,8 @@ def _one_string(sweep: Sweep, ledger: Any, frame: Any) -> tuple[Any, Any]:
     """The records of the string that is recalled best, and its best guesser; None each where they are not to be had."""
     if not len(frame):
         return None, None
+    from memray.material import known_strings
     from memray.report.one_string import StringRecord, best_recalled
-    from memray.trial import known_strings
 
     trial = best_recalled(sweep, frame)
     folder = ledger.trial(trial.trial_id())

@@ -5,7 +5,7 @@ strings of a trial are shared out among its stages in order: `strings.num_string
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -42,7 +42,7 @@ class OtherSpec(Part):
             )
         return self
 
-    def changes(self) -> dict[str, object]:
+    def changes(self) -> dict[str, Any]:
         """The fields of the strings' spec that are others in these stages."""
         return {name: value for name, value in self.model_dump(exclude={"stages"}).items() if value is not None}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -59,6 +59,22 @@ class Encoder:
         return cls(symbol_ids=symbol_ids, bos_id=bos_id, pad_id=next(pad for pad in pads if isinstance(pad, int)))
 
 
+@dataclass(frozen=True)
+class AlphabetIds:
+    """The alphabet as the model sees it.
+
+    Attributes:
+        symbol_ids: Token id of each symbol.
+        marginal: P_A, the probability of each symbol under the source.
+    """
+
+    symbol_ids: Int[Tensor, " alphabet"]
+    marginal: Float[Tensor, " alphabet"]
+
+    def to(self, device: torch.device) -> "AlphabetIds":
+        return AlphabetIds(self.symbol_ids.to(device), self.marginal.to(device))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Strings as rows of token ids, padded on the right.
@@ -70,12 +86,14 @@ class Batch:
         attention_mask: 1 for tokens, 0 for padding.
         num_leading: Tokens before the first symbol: 1 with BOS, else 0. Symbol i stands in column
             i + num_leading.
+        alphabet: What its strings are scored against; None is the alphabet of the trial.
     """
 
     ids: Int[Tensor, "strings tokens"]
     is_target: Bool[Tensor, "strings tokens"]
     attention_mask: Int[Tensor, "strings tokens"]
     num_leading: int
+    alphabet: AlphabetIds | None = None
 
     def of(self, rows: Int[ndarray, " rows"]) -> "Batch":
         """The batch of the given rows, in their order; padding stays."""
@@ -94,6 +112,16 @@ class Batch:
             ids=self.ids.to(device),
             is_target=self.is_target.to(device),
             attention_mask=self.attention_mask.to(device),
+            alphabet=self.alphabet and self.alphabet.to(torch.device(device)),
+        )
+
+    def beside(self, other: "Batch") -> "Batch":
+        """These strings and then those of another batch of the same width; scored against the alphabet of these."""
+        return replace(
+            self,
+            ids=torch.cat([self.ids, other.ids]),
+            is_target=torch.cat([self.is_target, other.is_target]),
+            attention_mask=torch.cat([self.attention_mask, other.attention_mask]),
         )
 
 

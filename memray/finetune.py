@@ -69,6 +69,10 @@ class Engine(Protocol):
         """
         ...
 
+    def forget(self) -> None:
+        """Begins with a fresh optimiser; the weights stay."""
+        ...
+
     def gather(self, value: Any) -> list[Any]:
         """What every process says, the main one first: for decisions that hang on a clock or a disk."""
         ...
@@ -120,6 +124,9 @@ def finetune(
     dropout: bool = False,
     before_epoch: Callable[[int], None] = lambda epoch: None,
     first_epoch: int = 0,
+    first_step: int = 0,
+    num_steps: int | None = None,
+    replayed: Callable[[int], Batch | None] = lambda epoch: None,
 ) -> Iterator[tuple[int, TokenScores]]:
     """Trains on all strings of the batch and yields (epoch, scores of all strings), epoch 0 before training.
 
@@ -130,17 +137,23 @@ def finetune(
         first_epoch: The epoch whose weights the engine holds: above 0 where it continues from a checkpoint.
         stop: Told the scores of each epoch, once and in order; True makes that epoch the last.
         dropout: Whether the model drops anything out while it trains; then a training forward measures nothing.
+        first_step: Optimiser steps that the schedule has behind it when training begins,
+        num_steps: of so many in all; None is those of this call.
+        replayed: Strings that each step of an epoch trains beside its own, unscored.
     """
     assert training.epochs is not None
     num_strings = len(batch.ids)
     strings_per_step = training.strings_per_step or num_strings
     steps_per_epoch = num_strings // strings_per_step
-    num_steps = steps_per_epoch * training.epochs
+    num_steps = num_steps or first_step + steps_per_epoch * training.epochs
     for epoch in range(first_epoch, training.epochs):
         before_epoch(epoch)
+        others = replayed(epoch)
         if steps_per_epoch == 1 and not dropout:
-            verdict = Verdict(stop)
-            yield epoch, engine.step(batch, learning_rate(epoch, num_steps, training), verdict)
+            verdict = Verdict(stop, num_strings)
+            whole = batch if others is None else batch.beside(others)
+            rate = learning_rate(first_step + epoch, num_steps, training)
+            yield epoch, engine.step(whole, rate, verdict).first(num_strings)
             if verdict.is_last:
                 return
             continue
@@ -152,21 +165,23 @@ def finetune(
         order = np.random.default_rng(np.random.SeedSequence([order_seed, epoch])).permutation(num_strings)
         for k in range(steps_per_epoch):
             rows = order[k * strings_per_step : (k + 1) * strings_per_step]
-            rate = learning_rate(epoch * steps_per_epoch + k, num_steps, training)
-            engine.step(batch.of(np.sort(rows)), rate)
+            rate = learning_rate(first_step + epoch * steps_per_epoch + k, num_steps, training)
+            own = batch.of(np.sort(rows))
+            engine.step(own if others is None else own.beside(others), rate)
     before_epoch(training.epochs)
     yield training.epochs, engine.score(batch)
 
 
 class Verdict:
-    """Remembers what `stop` said, because the engine asks it in the middle of a step."""
+    """Remembers what `stop` said of a step's own strings, because the engine asks it in the middle of the step."""
 
-    def __init__(self, stop: Stop | None) -> None:
+    def __init__(self, stop: Stop | None, num_strings: int) -> None:
         self.stop = stop
+        self.num_strings = num_strings
         self.is_last = False
 
     def __call__(self, scores: TokenScores) -> bool:
-        self.is_last = self.stop is not None and self.stop(scores)
+        self.is_last = self.stop is not None and self.stop(scores.first(self.num_strings))
         return self.is_last
 
 
@@ -240,7 +255,7 @@ class TorchEngine:
             loss = nn.functional.cross_entropy(logits, target_ids[part], reduction="sum") / num_targets
             loss.backward()
             with torch.no_grad():
-                columns.append(score_logits(logits.detach(), target_ids[part], self.alphabet))
+                columns.append(score_logits(logits.detach(), target_ids[part], batch.alphabet or self.alphabet))
         states.backward(leaf.grad)
         return collect(columns, batch)
 
@@ -267,6 +282,9 @@ class TorchEngine:
 
     def snapshot(self) -> dict[str, ndarray]:
         return {name: as_numpy(weight) for name, weight in self.model.state_dict().items()}
+
+    def forget(self) -> None:
+        self.optimiser.state.clear()
 
     def gather(self, value: Any) -> list[Any]:
         return [value]

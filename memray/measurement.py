@@ -19,10 +19,10 @@ from memray.measures.extraction import compare_with_heldout, measure_extraction
 from memray.measures.order import OrderHistory, StringOrder, measure_order
 from memray.measures.phases import centre, string_phases
 from memray.measures.prefix import ContextScores, context_metrics
-from memray.measures.recall import Truth, heldout_floor, measure_string, robust
+from memray.measures.recall import Truth, heldout_floor, measure_string, measure_strings, robust
 from memray.probes import ContextSpec
 from memray.scoring import TokenScores
-from memray.spec import TrialSpec
+from memray.spec import StopWhen, TrialSpec
 from memray.strings import Source, empirical_entropy_bits, zlib_bits_per_symbol
 
 TRAINED, HELD_OUT = "trained", "held_out"
@@ -45,6 +45,8 @@ class Measurement:
         tokens: The scores behind them, by role.
         context: What the context probe showed, by role.
         weights: The model's weights at this epoch, where the spec keeps them.
+        matrix: Of a curriculum: the recall of every string that was looked at since the last measurement.
+        num_trained: Targets that were trained since the last measurement.
         scored_s: When the trained strings were scored, by a clock of the process that trained them.
     """
 
@@ -56,6 +58,8 @@ class Measurement:
     tokens: Mapping[str, TokenScores] = field(default_factory=dict, repr=False)
     context: Mapping[str, ContextScores] = field(default_factory=dict, repr=False)
     weights: Mapping[str, ndarray] | None = field(default=None, repr=False)
+    matrix: pa.Table | None = field(default=None, repr=False)
+    num_trained: int = field(default=0, repr=False)
     scored_s: float = field(default=0.0, repr=False, compare=False)
 
     def record(self) -> dict[str, Any]:
@@ -143,12 +147,12 @@ class Measurer:
         self.epochs.append(epoch)
         compared = rows[: self.num_compared]
         averaged = [key for key in compared[0] if "/" in key and (epoch == 0 or not key.startswith("string/"))]
-        metrics |= {key: _mean(row[key] for row in compared) for key in averaged}
+        metrics |= {key: mean(row[key] for row in compared) for key in averaged}
         if is_last:
             phases = self._phases()
             for row, values in zip(rows, phases, strict=True):
                 row.update(values)
-            metrics |= _over_strings(phases[: self.num_compared])
+            metrics |= over_strings(phases[: self.num_compared])
             orders = self._orders()
             for row, order in zip(rows, orders, strict=True):
                 row.update(measure_order([order]))
@@ -158,12 +162,17 @@ class Measurer:
             for role, own in ((TRAINED, rows), (HELD_OUT, strings)):
                 self._add_extractable(own, context.get(role))
         defined = {key: value for key, value in metrics.items() if math.isfinite(value)}
-        return Measurement(self.trial_id, 0, epoch, defined, tuple(rows + strings), tokens, context, weights)
-
-    def trained_metric(self, key: str, scores: TokenScores) -> float:
-        """One measure of all trained strings: which are compared must not decide when training stops."""
-        strings = enumerate(self.known[TRAINED])
-        return _mean(measure_string(scores.of(index), string.truth)[key] for index, string in strings)
+        return Measurement(
+            self.trial_id,
+            0,
+            epoch,
+            defined,
+            tuple(rows + strings),
+            tokens,
+            context,
+            weights,
+            num_trained=len(trained.string) if epoch else 0,
+        )
 
     def _measure_role(self, role: str, epoch: int, scores: TokenScores) -> list[dict[str, Any]]:
         rows = []
@@ -176,14 +185,14 @@ class Measurer:
         return rows
 
     def _heldout_metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        uncorrected = _mean(row["recall/uncorrected"] for row in rows)
+        uncorrected = mean(row["recall/uncorrected"] for row in rows)
         self.heldout_uncorrected.append(uncorrected)
-        nll_nats = _mean(row["recall/nll_nats"] for row in rows)
+        nll_nats = mean(row["recall/nll_nats"] for row in rows)
         self.least_heldout_nll = float(np.fmin(self.least_heldout_nll, nll_nats))
         return {
-            "guessing/heldout_accuracy": _mean(row["recall/token_accuracy"] for row in rows),
+            "guessing/heldout_accuracy": mean(row["recall/token_accuracy"] for row in rows),
             "guessing/heldout_nll_nats": nll_nats,
-            "guessing/heldout_kl_bits": _mean(row["guessing/kl_position_bits"] for row in rows),
+            "guessing/heldout_kl_bits": mean(row["guessing/kl_position_bits"] for row in rows),
             "guessing/heldout_uncorrected": uncorrected,
         }
 
@@ -248,13 +257,34 @@ class Measurer:
         ]
 
 
-def _mean(values: Iterable[float]) -> float:
+class Stopper:
+    """Decides, from each epoch's scores, whether the criterion has held for long enough.
+
+    It looks at all trained strings: which of them are compared must not decide when training stops.
+    """
+
+    def __init__(self, rule: StopWhen, known: Sequence[KnownString]) -> None:
+        self.rule = rule
+        self.known = known
+        self.num_met = 0
+
+    @property
+    def has_stopped(self) -> bool:
+        return self.num_met >= self.rule.epochs
+
+    def __call__(self, scores: TokenScores) -> bool:
+        measured = measure_strings(scores, [string.truth for string in self.known])
+        self.num_met = self.num_met + 1 if mean(measured[self.rule.metric]) >= self.rule.at_least else 0
+        return self.has_stopped
+
+
+def mean(values: Iterable[float]) -> float:
     """The mean over the strings where the measure is defined; nan if it is defined for none."""
     defined = [value for value in values if math.isfinite(value)]
     return float(np.mean(defined)) if defined else math.nan
 
 
-def _over_strings(phases: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def over_strings(phases: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The trial's phases: medians over its strings."""
     return {key: centre(key, np.array([each[key] for each in phases])) for key in phases[0]}
 
@@ -263,19 +293,30 @@ def _over_strings(phases: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def token_table(measurements: Sequence[Measurement]) -> pa.Table:
-    """The scores of some epochs, one row a target."""
+    """The scores of some epochs, one row a target; of a curriculum none, which keeps what each string comes to.
+
+    This and all other tables are without columns where they have no rows.
+    """
     parts = [(each.epoch, role, scores) for each in measurements for role, scores in each.tokens.items()]
     return _score_table(parts, TokenScores.COLUMNS)
 
 
-def context_table(measurements: Sequence[Measurement]) -> pa.Table | None:
-    """What the context probe showed at some epochs, one row a target, condition and redraw; None if it never looked."""
+def context_table(measurements: Sequence[Measurement]) -> pa.Table:
+    """What the context probe showed at some epochs, one row a target, condition and redraw."""
     parts = [(each.epoch, role, scores) for each in measurements for role, scores in each.context.items()]
-    return _score_table(parts, ContextScores.COLUMNS) if parts else None
+    return _score_table(parts, ContextScores.COLUMNS)
+
+
+def matrix_table(measurements: Sequence[Measurement]) -> pa.Table:
+    """The recall matrix of some stages of a curriculum, one row a string and look."""
+    parts = [each.matrix for each in measurements if each.matrix is not None]
+    return pa.concat_tables(parts) if parts else pa.table({})
 
 
 def _score_table(parts: Sequence[tuple[int, str, TokenScores | ContextScores]], names: tuple[str, ...]) -> pa.Table:
     """The named columns of scores by epoch and role."""
+    if not parts:
+        return pa.table({})
     counts = [len(scores.string) for _, _, scores in parts]
     columns: dict[str, Any] = {
         "epoch": np.repeat(np.array([epoch for epoch, _, _ in parts], dtype=np.int32), counts),

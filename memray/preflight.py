@@ -71,8 +71,8 @@ def _encoding_problem(trial: TrialSpec, model: ModelSpec, notes: list[str]) -> s
     if model.path is None and model.size == "tiny" and trial.strings.kind != "text":
         return None  # its tokenizer has every built-in symbol
     # Only here, because transformers takes seconds to import.
+    from memray.material import prepare
     from memray.models import is_at_hand
-    from memray.trial import prepare
 
     if not is_at_hand(model):
         notes.append(

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, NamedTuple, get_args
 from pydantic import Field, field_validator, model_validator
 
 from memray.part import Part, Positive, canonical_json, digest, identity_of
+from memray.strings import Stream
 
 # The held-out strings and whatever the probe actors do are looked at here, and at the last epoch.
 PROBE_EPOCHS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300)
@@ -122,7 +123,7 @@ class ContextSpec(Part):
         keep, replacements = sorted(self.keep, key=KEEPS.index), sorted(self.replacements, key=REPLACEMENTS.index)
         return self.model_copy(update={"keep": tuple(keep), "replacements": tuple(replacements)})
 
-    def num_probed(self, stream: Literal["trained", "held_out"], available: int) -> int:
+    def num_probed(self, stream: Stream, available: int) -> int:
         """How many of the strings of a stream are probed: its first ones."""
         return min(available, self.num_held_out if stream == "held_out" else self.num_strings or available)
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32, Float64, Int, Int32
 from numpy import ndarray
 from torch import Tensor, nn
 
-from memray.encoding import Batch
+from memray.encoding import AlphabetIds, Batch
 
 # 64 MiB of fp32 logits.
 LOGITS_PER_CHUNK = 2**24
@@ -70,6 +70,21 @@ class TokenScores:
         columns["string"] = np.zeros(end - begin, dtype=np.int32)
         return TokenScores(**columns, mean_q=self.mean_q[string : string + 1])
 
+    def first(self, number: int) -> "TokenScores":
+        """The scores of the first strings alone."""
+        if number == self.num_strings:
+            return self
+        end = np.searchsorted(self.string, number)
+        columns = {name: getattr(self, name)[:end] for name in self.COLUMNS}
+        return TokenScores(**columns, mean_q=self.mean_q[:number])
+
+    def after(self, number: int) -> "TokenScores":
+        """The scores of the strings after the first ones, counted anew."""
+        begin = np.searchsorted(self.string, number)
+        columns = {name: getattr(self, name)[begin:] for name in self.COLUMNS}
+        columns["string"] = columns["string"] - np.int32(number)
+        return TokenScores(**columns, mean_q=self.mean_q[number:])
+
     @staticmethod
     def concatenate(parts: "list[TokenScores]", order: Int[ndarray, " strings"] | None = None) -> "TokenScores":
         """One record from consecutive batches; `order` says which string each row of them is."""
@@ -82,22 +97,6 @@ class TokenScores:
         columns["string"] = string[sort].astype(np.int32)
         mean_q = np.concatenate([part.mean_q for part in parts])
         return TokenScores(**columns, mean_q=mean_q[np.argsort(names)])
-
-
-@dataclass(frozen=True)
-class AlphabetIds:
-    """The alphabet as the model sees it.
-
-    Attributes:
-        symbol_ids: Token id of each symbol.
-        marginal: P_A, the probability of each symbol under the source.
-    """
-
-    symbol_ids: Int[Tensor, " alphabet"]
-    marginal: Float[Tensor, " alphabet"]
-
-    def to(self, device: torch.device) -> "AlphabetIds":
-        return AlphabetIds(self.symbol_ids.to(device), self.marginal.to(device))
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ def fp32_logits(head: nn.Module, states: Float[Tensor, "targets hidden"]) -> Flo
 
 @torch.no_grad()
 def score(model: nn.Module, batch: Batch, alphabet: AlphabetIds) -> TokenScores:
-    """Scores of one batch from one forward pass.
+    """Scores of one batch from one forward pass; against the alphabet given, unless the batch has one of its own.
 
     No attention mask is needed: padding stands on the right, and causal attention never looks there.
     """
@@ -214,7 +213,7 @@ def score(model: nn.Module, batch: Batch, alphabet: AlphabetIds) -> TokenScores:
     hidden = body(input_ids=batch.ids).last_hidden_state
     states, target_ids = target_states(hidden, batch)
     columns = [
-        score_logits(fp32_logits(head, states[part]), target_ids[part], alphabet)
+        score_logits(fp32_logits(head, states[part]), target_ids[part], batch.alphabet or alphabet)
         for part in chunks(len(target_ids), vocabulary_size(head))
     ]
     return collect(columns, batch)

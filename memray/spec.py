@@ -455,6 +455,12 @@ class TrialSpec(Part):
         refused = {
             "probes.context": self.probes.context is not None,
             "probes.compared_strings": self.probes.compared_strings > 0,
+            "probes.num_held_out=0, for robust recall is measured against held-out strings": (
+                self.probes.num_held_out == 0
+            ),
+            "curriculum.weights='base' on many devices": (
+                self.curriculum.weights == "base" and self.compute.engine != "torch"
+            ),
             "training.keep_weights='probe_epochs'": self.training.keep_weights == "probe_epochs",
             "training.strings_per_forward beside curriculum.replay_share": (
                 self.training.strings_per_forward > 0 and self.curriculum.replay_share > 0
@@ -462,7 +468,7 @@ class TrialSpec(Part):
         }
         if any(refused.values()):
             named = ", ".join(name for name, is_set in refused.items() if is_set)
-            raise ValueError(f"a trial with a curriculum does not know {named}; leave it out")
+            raise ValueError(f"a trial with a curriculum must go without {named}; change that")
 
     def _check_steps(self) -> None:
         strings, step = self.strings_together, self.training.strings_per_step or self.strings_together

@@ -38,10 +38,10 @@ VOCABULARY = "vocabulary"
 """The alphabet that has no symbols of its own: its symbols are ordinary token ids drawn at random."""
 
 Skew = Literal["one-token", "geometric", "zipf"]
-Stream = Literal["trained", "held_out"]
+Stream = Literal["trained", "held_out", "unrepeated"]
 
 # What follows the trial's seed in the seed of whatever is drawn: these numbers must never change.
-_STREAM_NUMBERS: dict[Stream, int] = {"trained": 0, "held_out": 1}
+_STREAM_NUMBERS: dict[Stream, int] = {"trained": 0, "held_out": 1, "unrepeated": 4}
 _TRANSITIONS, _PASSAGES = 2, 3
 
 
@@ -461,7 +461,7 @@ def read_text(path: str) -> tuple[str, str]:
 
 
 def draw_strings(
-    source: Source, *, length: int, num_strings: int, seed: int, stream: Stream
+    source: Source, *, length: int, num_strings: int, seed: int, stream: Stream, first: int = 0
 ) -> Int[ndarray, "strings length"]:
     """Draws strings that are nested by number and by length.
 
@@ -474,7 +474,8 @@ def draw_strings(
         length: Symbols a string, at least 1.
         num_strings: Number of strings, at least 1.
         seed: The trial's `string_seed`, not negative.
-        stream: Whether the strings are to be trained or held out.
+        stream: Whether the strings are to be trained, held out, or trained once and never again.
+        first: The number of the first one; of passages it is 0.
 
     Raises:
         ValueError: If a count or the seed is out of range, or a text too short.
@@ -485,8 +486,9 @@ def draw_strings(
             f"but got length={length}, num_strings={num_strings}, seed={seed}"
         )
     if isinstance(source, TextSource):
+        assert first == 0
         return source.passages(length=length, num_strings=num_strings, seed=seed, stream=stream)
-    seeds = [np.random.SeedSequence([seed, _STREAM_NUMBERS[stream], j]) for j in range(num_strings)]
+    seeds = [np.random.SeedSequence([seed, _STREAM_NUMBERS[stream], j]) for j in range(first, first + num_strings)]
     return np.stack([source.draw(length, np.random.default_rng(each)) for each in seeds])
 
 

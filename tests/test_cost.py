@@ -19,10 +19,11 @@ from memray import cost as costs
 from memray.accelerators import ACCELERATORS
 from memray.cost import check_fits, cost, shape
 from memray.families import FAMILIES, family
+from memray.looks import look_at_context
+from memray.material import prepare
 from memray.models import character_tokenizer, load_model
 from memray.probes import ContextSpec
 from memray.spec import ComputeSpec, LoraSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
-from memray.trial import look_at_context, prepare
 
 from .ports import free_port
 

@@ -14,10 +14,12 @@ from memray.accelerators import ACCELERATORS
 from memray.cost import PROCESS_GIB, cost
 from memray.families import family
 from memray.finetune import TorchEngine, as_tensor, lower_weights
+from memray.looks import forwards_of_epoch
+from memray.material import Material, prepare
 from memray.models import character_tokenizer, load_model
 from memray.scoring import TokenScores, score
 from memray.spec import ComputeSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
-from memray.trial import Material, forwards_of_epoch, make_torch_engine, prepare, run_trial, set_device
+from memray.trial import make_torch_engine, run_trial, set_device
 
 pytestmark = [
     pytest.mark.gpu,

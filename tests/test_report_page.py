@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from memray.cli import app
 from memray.cluster.ledger import Ledger
+from memray.material import known_strings
 from memray.measurement import Measurement, string_table, token_table
 from memray.measures.recall import Guesser
 from memray.report import SPEED, cells_of
@@ -30,7 +31,7 @@ from memray.report.study_figures import study_figures
 from memray.report.table import SHOWN
 from memray.spec import ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.sweep import Sweep, load
-from memray.trial import known_strings, run_trial
+from memray.trial import run_trial
 from tests.test_report import alphabets, falling, grid, planted, rising
 
 HEADINGS = ["Health", "Claims", "Figures", "One string, token by token", "Cells", "Provenance"]

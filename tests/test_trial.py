@@ -15,6 +15,8 @@ import torch
 
 from memray.encoding import Batch
 from memray.finetune import Engine, as_tensor
+from memray.looks import Checkpoint, Look, Looked, Question, Ready, forwards_of_epoch
+from memray.material import known_strings, prepare, source_of
 from memray.measurement import Measurement, context_table, read_scores, remeasure, string_table, token_table
 from memray.measures.order import acquisition_epochs, positional_order
 from memray.measures.prefix import FULL
@@ -24,18 +26,7 @@ from memray.scoring import AlphabetIds, TokenScores, score
 from memray.spec import ComputeSpec, ModelSpec, ProbesSpec, StopWhen, StringsSpec, TrainingSpec, TrialSpec
 from memray.strings import ALPHABETS, TextSource
 from memray.sweep import vary
-from memray.trial import (
-    Checkpoint,
-    Look,
-    Looked,
-    ModelShelf,
-    Ready,
-    forwards_of_epoch,
-    known_strings,
-    prepare,
-    run_trial,
-    source_of,
-)
+from memray.trial import ModelShelf, run_trial
 
 SHORT = TrialSpec(strings=StringsSpec(length=48, alphabet_size=7), training=TrainingSpec(epochs=12))
 
@@ -338,7 +329,7 @@ class LateProber:
         self.held_out = held_out
         self.waited_for: list[int] = []
 
-    def look(self, epoch: int, engine: Engine, *, with_context: bool) -> Look:
+    def look(self, question: Question, engine: Engine) -> Look:
         prober, scores = self, engine.score(self.held_out)
 
         class Late:
@@ -346,7 +337,7 @@ class LateProber:
                 return False
 
             def result(self) -> Looked:
-                prober.waited_for.append(epoch)
+                prober.waited_for.append(question.epoch)
                 return Looked(scores)
 
         return Late()
@@ -382,7 +373,7 @@ def test_a_look_that_scores_the_trained_strings_otherwise_ends_the_trial() -> No
     assert material.held_out is not None
 
     class Wrong(LateProber):
-        def look(self, epoch: int, engine: Engine, *, with_context: bool) -> Look:
+        def look(self, question: Question, engine: Engine) -> Look:
             scores = engine.score(material.trained)
             return Ready(Looked(None, replace(scores, log_prob=scores.log_prob + np.float32(1e-6))))
 

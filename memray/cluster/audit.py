@@ -10,11 +10,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from memray.cluster.ledger import Ledger, TrialFolder
-from memray.cluster.tracking import cell_measurements, points
+from memray.cluster.tracking import cell_measurements, points, shown
+from memray.material import known_strings, source_of
 from memray.measurement import remeasure
+from memray.sequence_measurement import BASE, OTHER, SequenceMeasurer, remeasure_sequence
 from memray.spec import ProbesSpec, TrialSpec
 from memray.sweep import Sweep
-from memray.trial import known_strings, source_of
 
 
 def audit(sweep: Sweep, ledger: Ledger, tracking_uri: str) -> list[str]:
@@ -65,7 +66,13 @@ def _in_ledger(trial: TrialSpec, folder: TrialFolder) -> Iterator[str]:
     if damages := folder.verify():
         yield from (each.partition(": ")[2] for each in damages)
         return
-    epochs = [each["epoch"] for each in folder.measurements()[0]]
+    measurements = folder.measurements()[0]
+    if trial.curriculum is not None:
+        stages, number = [each["stage"] for each in measurements], len(trial.stages())
+        if stages != [0, *range(number)]:
+            yield f"its stages should be 0 before training and then 0 to {number - 1}, each once, but are {stages[:20]}"
+        return
+    epochs = [each["epoch"] for each in measurements]
     if epochs != list(range(len(epochs))):
         yield f"its epochs should be 0 to {len(epochs) - 1}, each once, but are {epochs[:20]}"
 
@@ -85,7 +92,7 @@ def _in_mlflow(trial: TrialSpec, folder: TrialFolder, client: MlflowClient, runs
             yield f"param {name} should be {expected.get(name)!r}, but MLflow has {run.data.params.get(name)!r}"
     created_ms = folder.created_ms()
     assert created_ms is not None  # a finished trial was claimed
-    yield from _points(points(folder.measurements()[0], created_ms), client, run)
+    yield from _points(points(shown(folder.measurements()[0], trial), created_ms), client, run)
 
 
 def _cell(trials: Sequence[TrialSpec], ledger: Ledger, client: MlflowClient, runs: list[Run]) -> Iterator[str]:
@@ -97,7 +104,7 @@ def _cell(trials: Sequence[TrialSpec], ledger: Ledger, client: MlflowClient, run
     if len(runs[0].data.tags.get("memray.replicates", "").split(",")) == len(folders):
         created_ms = min(created_ms for folder in folders if (created_ms := folder.created_ms()) is not None)
         measurements = cell_measurements([folder.measurements()[0] for folder in folders])
-        yield from _points(points(measurements, created_ms), client, runs[0])
+        yield from _points(points(shown(measurements, trials[0]), created_ms), client, runs[0])
 
 
 def _points(expected_points: Iterable[Metric], client: MlflowClient, run: Run) -> Iterator[str]:
@@ -115,7 +122,7 @@ def _points(expected_points: Iterable[Metric], client: MlflowClient, run: Run) -
 
 
 def remeasured(trial: TrialSpec, folder: TrialFolder) -> list[dict[str, Any]]:
-    """The measurements of a finished trial, computed again from its per-token records.
+    """The measurements of a finished trial, computed again from its records: per token, or the recall matrix.
 
     The probes are those that the trial was run with, whatever the study says by now.
     """
@@ -123,9 +130,22 @@ def remeasured(trial: TrialSpec, folder: TrialFolder) -> list[dict[str, Any]]:
     assert finished is not None
     probes = ProbesSpec.model_validate_json(finished.summary["probes"])
     spec = trial.model_copy(update={"probes": probes})
+    if spec.curriculum is not None:
+        return [each.record() for each in remeasure_sequence(_sequence_measurer(spec), folder.matrix())]
     tokens, strings = folder.tokens(), folder.strings()
     symbol_ids = np.array(strings["symbol_ids"][0].as_py())  # the same for every string of a trial
     source = source_of(spec)
     _, trained = known_strings(spec, source, symbol_ids, "trained")
     _, held_out = known_strings(spec, source, symbol_ids, "held_out")
     return [each.record() for each in remeasure(spec, trained, held_out, tokens, strings, folder.context())]
+
+
+def _sequence_measurer(spec: TrialSpec) -> SequenceMeasurer:
+    """Of a trial whose scores are not asked for again: which tokens stand for its symbols does not matter."""
+    known = {}
+    for source, strings in ((BASE, spec.strings), (OTHER, spec.other_strings())):
+        if strings is not None:
+            own = spec.model_copy(update={"strings": strings, "curriculum": None})
+            drawn_from = source_of(own)
+            _, known[source] = known_strings(own, drawn_from, np.arange(drawn_from.alphabet_size), "trained")
+    return SequenceMeasurer(spec, known)

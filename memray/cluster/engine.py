@@ -74,7 +74,7 @@ class ScoredLoss(nn.Module):
         self.columns = {}
         losses = []
         for part in chunks(len(target_ids), vocabulary_size(head)):
-            arguments = (part.start, states[part], target_ids[part])
+            arguments = (part.start, states[part], target_ids[part], batch.alphabet or self.alphabet)
             # Logits of many chunks are made again in the backward pass, so that one chunk is alive at a time.
             is_whole = part.start == 0 and part.stop == len(target_ids)
             again = torch.is_grad_enabled() and not is_whole
@@ -82,13 +82,17 @@ class ScoredLoss(nn.Module):
         return torch.stack(losses).sum()
 
     def _chunk(
-        self, start: int, states: Float[Tensor, "targets hidden"], target_ids: Int[Tensor, " targets"]
+        self,
+        start: int,
+        states: Float[Tensor, "targets hidden"],
+        target_ids: Int[Tensor, " targets"],
+        alphabet: AlphabetIds,
     ) -> Tensor:
         _, head = body_and_head(self.model)
         logits = fp32_logits(head, states)
         if start not in self.columns:
             with torch.no_grad():
-                self.columns[start] = score_logits(logits.detach(), target_ids, self.alphabet)
+                self.columns[start] = score_logits(logits.detach(), target_ids, alphabet)
         return nn.functional.cross_entropy(logits, target_ids, reduction="sum")
 
     def scores(self, batch: Batch) -> TokenScores:
@@ -182,8 +186,8 @@ class DeepSpeedEngine:
 
     def _shares(self, batch: Batch) -> list[Batch]:
         """What each worker computes of a step; one share where all of them compute all of it."""
-        num_strings = len(batch.ids)
-        return [batch] if num_strings < self.world else parts(batch, num_strings // self.world)
+        rows = np.arange(len(batch.ids))
+        return [batch] if len(rows) < self.world else [batch.of(own) for own in np.array_split(rows, self.world)]
 
     def _forward(self, batch: Batch, weight: float = 1.0, *, backward: bool = False) -> TokenScores:
         loss = self.engine(batch.to(self.device))
@@ -202,6 +206,12 @@ class DeepSpeedEngine:
         told = self.gather(own)
         scored = [told[rank][k] for k, each in enumerate(rounds) for rank in range(len(each))]
         return TokenScores.concatenate(scored)
+
+    def forget(self) -> None:
+        inner = self.engine.optimizer
+        while hasattr(inner, "optimizer"):  # ours is inside those that shard it
+            inner = inner.optimizer
+        inner.state.clear()
 
     # --- between the processes ---------------------------------------------------------------------------------
 
@@ -257,7 +267,7 @@ class DeepSpeedEngine:
 
 def _dropout_seed(spec: TrialSpec, rank: int) -> int:
     """Of the generator that dropout alone draws from; the same for all workers that repeat the same strings."""
-    is_repeated = (spec.training.strings_per_step or spec.strings.num_strings) < spec.compute.workers
+    is_repeated = (spec.training.strings_per_step or spec.strings_together) < spec.compute.workers
     if rank == 0 or is_repeated:
         return spec.order_seed
     return int(np.random.SeedSequence([spec.order_seed, rank]).generate_state(1)[0])

@@ -3,7 +3,7 @@
     <storage>/<sweep>/<trial_id>/
         spec.json, created.json             written once; MLflow timestamps derive from `created_ms`
         leases/<attempt>.json               who holds the trial, renewed while it runs
-        tokens/<attempt>-<segment>.parquet, and so strings/ and context/
+        tokens/<attempt>-<segment>.parquet, and so strings/, context/ and matrix/
         measurements/<attempt>-<segment>.jsonl    written last: it commits the segment
         weights/<attempt>-<epoch>.safetensors   where the spec keeps them
         checkpoints/<attempt>-<epoch>/...   an engine's files, until a newer checkpoint or the end
@@ -47,7 +47,7 @@ from memray.cluster.storage import ClaimsAuthority, ObjectStorage, open_storage
 
 Json = dict[str, Any]
 # The kinds of records beside the measurements.
-TABLES = ("tokens", "strings", "context")
+TABLES = ("tokens", "strings", "context", "matrix")
 State = Literal["planned", "running", "failed", "finished"]
 
 
@@ -159,6 +159,7 @@ class KeptCheckpoint:
         attempt: The attempt that made it.
         epoch: The epoch whose weights it holds.
         segments: The attempt's committed segments, which hold all earlier epochs.
+        records: Paths of the segments' tables.
         weights: Names of the kept weights of these epochs.
         files: sha256 of each of the engine's files, by name.
         about: What the caller had to say of it.
@@ -167,6 +168,7 @@ class KeptCheckpoint:
     attempt: int
     epoch: int
     segments: int
+    records: list[str]
     weights: list[str]
     files: dict[str, str]
     about: Json
@@ -417,12 +419,20 @@ class TrialFolder:
         """All records of the context probe in the order of appending; a table without columns if there are none."""
         return self._table("context")
 
+    def matrix(self) -> pa.Table:
+        """The recall matrix of a curriculum in the order of appending; a table without columns if there is none."""
+        return self._table("matrix")
+
     def _table(self, kind: str) -> pa.Table:
         end, finished = self._committed()
         return self._read_tables(kind, end, None if finished is None else set(finished.files))
 
     def _read_tables(self, kind: str, end: Cursor, present: set[str] | None = None) -> pa.Table:
-        """The records of an attempt's segments up to a cursor, of which not all must have some."""
+        """The records of an attempt's segments up to a cursor, of which not all must have some.
+
+        Args:
+            present: The paths that must be there; None reads those that are.
+        """
         if present is None:
             present = {f"{kind}/{name}" for name in self.ledger.storage.list(self._path(kind))}
         paths = [path for path in _segments(kind, end) if path in present]
@@ -445,7 +455,13 @@ class TrialFolder:
         names = self.ledger.storage.list(self._path("checkpoints"))
         newest = max((name for name in names if re.fullmatch(r"\d{4,}-\d{6,}\.json", name)), default=None)
         document = newest and self._read_json(f"checkpoints/{newest}")
-        return KeptCheckpoint(**document) if document else None
+        try:
+            return KeptCheckpoint(**document) if document else None
+        except TypeError as error:
+            raise ValueError(
+                f"a checkpoint must say all that this version reads, but {self._path('checkpoints')}/{newest} does not "
+                f"({error}); delete that folder to train from the start"
+            ) from error
 
     def before_checkpoint(self, checkpoint: KeptCheckpoint) -> tuple[list[Json], dict[str, pa.Table]]:
         """The measurements of all epochs before a checkpoint, and their records by kind.
@@ -457,9 +473,7 @@ class TrialFolder:
         cursor = Cursor(checkpoint.attempt, checkpoint.segments)
         try:
             lines = [self._read(path) for path in _segments("measurements", cursor)]
-            # Every segment has records of its strings; of the context probe only some have.
-            always = {kind: set(_segments(kind, cursor)) for kind in ("tokens", "strings")}
-            tables = {kind: self._read_tables(kind, cursor, always.get(kind)) for kind in TABLES}
+            tables = {kind: self._read_tables(kind, cursor, {*checkpoint.records}) for kind in TABLES}
         except FileNotFoundError as error:
             raise ValueError(
                 f"a checkpoint needs all measurements before it, but one is gone ({error}); delete "
@@ -654,6 +668,7 @@ class Writer:
         tokens: pa.Table | None = None,
         strings: pa.Table | None = None,
         context: pa.Table | None = None,
+        matrix: pa.Table | None = None,
     ) -> None:
         """Commit one segment: all of it becomes visible to readers at once, or nothing.
 
@@ -665,6 +680,7 @@ class Writer:
             tokens: Per-token records that belong to them.
             strings: Per-string records that belong to them.
             context: Records of the context probe that belong to them.
+            matrix: Rows of the recall matrix that belong to them.
 
         Raises:
             ValueError: If a measurement is no JSON, or holds nan or infinity.
@@ -672,8 +688,8 @@ class Writer:
             StorageError: If the storage cannot be written.
         """
         lines = [_encode(line, f"measurement {index}") + b"\n" for index, line in enumerate(measurements)]
-        given = dict(zip(TABLES, (tokens, strings, context), strict=True))
-        tables = {kind: table for kind, table in given.items() if table is not None}
+        given = dict(zip(TABLES, (tokens, strings, context, matrix), strict=True))
+        tables = {kind: table for kind, table in given.items() if table is not None and table.num_columns}
         if not lines and not tables:
             return
         self._check()
@@ -733,10 +749,12 @@ class Writer:
             ValueError, Superseded, StorageError: As `append` does.
         """
         weights = [path for path in self._files if path.startswith("weights/")]
+        records = [path for path in self._files if path.partition("/")[0] in TABLES]
         kept = KeptCheckpoint(
             attempt=self.number,
             epoch=epoch,
             segments=self._num_segments,
+            records=records,
             weights=weights,
             files=dict(files),
             about=about,

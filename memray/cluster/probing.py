@@ -18,11 +18,14 @@ import ray
 import torch
 from numpy import ndarray
 
+from memray.encoding import Batch
 from memray.finetune import Engine, as_tensor, lower_weights, scoring_passes
+from memray.looks import Look, Looker, Question, Ready
+from memray.material import Material, prepare
 from memray.models import load_model
 from memray.scoring import TokenScores, score
 from memray.spec import TrialSpec
-from memray.trial import Look, Looked, Material, Ready, forwards_of_epoch, look_at_context, prepare, set_device
+from memray.trial import set_device
 
 # Snapshots of one trial that exist at once: as many as fit into this, and two at least. Probe epochs come thick and
 # fast at the start, so that small models queue up there; a trial that is looked at faster than it is scored waits.
@@ -30,12 +33,12 @@ IN_FLIGHT_GIB = 0.5
 IN_FLIGHT_AT_LEAST = 2
 
 
-def look(spec_json: str, epoch: int, with_context: bool, weights: Mapping[str, ndarray]) -> tuple[Looked, float]:
+def look(spec_json: str, question: Question, weights: Mapping[str, ndarray]) -> tuple[Any, float]:
     """In an actor: what the weights of an epoch say, and the time at which that was known (seconds since 1970).
 
     The strings and the model of the last trial are kept.
     """
-    return score_snapshot(prepared(spec_json), epoch, weights, with_context=with_context), time.time()
+    return look_at_snapshot(prepared(spec_json), question, weights), time.time()
 
 
 @dataclass(frozen=True)
@@ -61,20 +64,25 @@ def prepared(spec_json: str) -> Prepared:
     return Prepared(spec, device, prepare(spec), model)
 
 
-def score_snapshot(looker: Prepared, epoch: int, weights: Mapping[str, ndarray], *, with_context: bool) -> Looked:
-    """Scores the held-out and the trained strings under a snapshot, and probes their context."""
-    spec, model, material = looker.spec, looker.model, looker.material
+def look_at_snapshot(own: Prepared, question: Question, weights: Mapping[str, ndarray]) -> Any:
+    """The answer of a snapshot to a question."""
+    model = own.model
     dtypes = {name: weight.dtype for name, weight in model.state_dict().items()}
     model.load_state_dict({name: as_tensor(array, dtypes[name]) for name, array in weights.items()})
-    alphabet = material.alphabet.to(looker.device)
+    alphabet = own.material.alphabet.to(own.device)
 
-    def scores(batches: Sequence[Any]) -> TokenScores:
-        return TokenScores.concatenate([score(model, batch.to(looker.device), alphabet) for batch in batches])
+    def repeat(batches: Sequence[Batch]) -> TokenScores:
+        return TokenScores.concatenate([score(model, batch.to(own.device), alphabet) for batch in batches])
 
-    with linear_of(spec, looker.device):
-        held_out = None if material.held_out is None else scores(scoring_passes(material.held_out))
-        trained = scores(forwards_of_epoch(spec, material.trained, epoch))
-        return Looked(held_out, trained, look_at_context(spec, material, model) if with_context else {})
+    looker = Looker(
+        spec=own.spec,
+        material=own.material,
+        score=lambda batch: repeat(scoring_passes(batch)),
+        repeat=repeat,
+        model=model,
+    )
+    with linear_of(own.spec, own.device):
+        return question.answer(looker)
 
 
 @contextlib.contextmanager
@@ -100,11 +108,11 @@ class SnapshotProber:
 
     spec_json: str
 
-    def look(self, epoch: int, engine: Engine, *, with_context: bool) -> Look:
+    def look(self, question: Question, engine: Engine) -> Look:
         snapshot = engine.snapshot()
         if not engine.is_main:
-            return Ready(Looked(None))
-        return Ready(score_snapshot(prepared(self.spec_json), epoch, snapshot, with_context=with_context))
+            return Ready(None)
+        return Ready(look_at_snapshot(prepared(self.spec_json), question, snapshot))
 
 
 @dataclass
@@ -113,31 +121,48 @@ class ActorProber:
 
     Attributes:
         seconds: From each snapshot to its result, as results come in, by the clocks of the two nodes.
+        waited_s: How long training waited because too many snapshots were on their way.
+        drained_s: How long it waited for answers, before a checkpoint and at the end.
+        num_looks: How many looks each actor was given.
     """
 
     spec_json: str
     actors: Sequence[Any]
     seconds: list[float] = field(default_factory=list)
+    waited_s: float = 0.0
+    drained_s: float = 0.0
     in_flight: list[Any] = field(default_factory=list)
-    num_looks: int = 0
+    num_looks: list[int] = field(default_factory=list)
 
-    def look(self, epoch: int, engine: Engine, *, with_context: bool) -> Look:
+    def look(self, question: Question, engine: Engine) -> Look:
         began_s = time.time()
         snapshot = engine.snapshot()
         if not engine.is_main:
-            return Ready(Looked(None))
-        gib = sum(weight.nbytes for weight in snapshot.values()) / 2**30
-        while len(self.in_flight) >= max(IN_FLIGHT_AT_LEAST, IN_FLIGHT_GIB // gib):
-            _, self.in_flight = ray.wait(self.in_flight, num_returns=1)
-        actor = self.actors[self.num_looks % len(self.actors)]
-        self.num_looks += 1
-        reference = actor.look.remote(self.spec_json, epoch, with_context, snapshot)
+            return Ready(None)
+        self._make_room(sum(weight.nbytes for weight in snapshot.values()) / 2**30)
+        self.num_looks = self.num_looks or [0] * len(self.actors)
+        turn = sum(self.num_looks) % len(self.actors)
+        self.num_looks[turn] += 1
+        reference = self.actors[turn].look.remote(self.spec_json, question, snapshot)
         self.in_flight.append(reference)
         return RemoteLook(self, reference, began_s)
 
+    def _make_room(self, gib: float) -> None:
+        began_s = time.monotonic()
+        while len(self.in_flight) >= max(IN_FLIGHT_AT_LEAST, IN_FLIGHT_GIB // gib):
+            _, self.in_flight = ray.wait(self.in_flight, num_returns=1)
+        self.waited_s += time.monotonic() - began_s
+
     def summary(self) -> dict[str, Any]:
-        """For the end of a trial: how long its looks took."""
-        return {"probe_s": round(float(np.median(self.seconds)), 3)} if self.seconds else {}
+        """For the end of a trial: how long its looks took, how long training waited for them, and who took them."""
+        if not self.seconds:
+            return {}
+        return {
+            "probe_s": round(float(np.median(self.seconds)), 3),
+            "probe_wait_s": round(self.waited_s, 3),
+            "probe_drain_s": round(self.drained_s, 3),
+            "probe_looks": self.num_looks,
+        }
 
 
 @dataclass(frozen=True)
@@ -151,7 +176,9 @@ class RemoteLook:
     def is_ready(self) -> bool:
         return bool(ray.wait([self.reference], timeout=0)[0])
 
-    def result(self) -> Looked:
-        looked, ended_s = ray.get(self.reference)
+    def result(self) -> Any:
+        began_s = time.monotonic()
+        answer, ended_s = ray.get(self.reference)
+        self.prober.drained_s += time.monotonic() - began_s
         self.prober.seconds.append(ended_s - self.began_s)
-        return looked
+        return answer

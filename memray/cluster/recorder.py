@@ -20,9 +20,9 @@ from memray.cluster.ledger import KeptCheckpoint, TrialFolder, Writer
 from memray.cluster.replay import as_trained
 from memray.cluster.resources import is_on_cpu
 from memray.finetune import Engine
-from memray.measurement import MEASURE_VERSIONS, TRAINED, Measurement, context_table, string_table, token_table
+from memray.looks import Checkpoint
+from memray.measurement import MEASURE_VERSIONS, Measurement, context_table, matrix_table, string_table, token_table
 from memray.spec import TrialSpec
-from memray.trial import Checkpoint
 
 # Seconds of measurements that are gathered before a segment is written: what a crash can lose of a view.
 SEGMENT_S = 5.0
@@ -76,7 +76,7 @@ class Recorder:
             if first_s is None:
                 first_s = last_s
             else:
-                num_tokens += len(measurement.tokens[TRAINED].string)
+                num_tokens += measurement.num_trained
             if time.monotonic() - self.written_s > SEGMENT_S:
                 self._write()
                 self.told(epoch)
@@ -95,7 +95,8 @@ class Recorder:
         if self.gathered:
             gathered = self.gathered
             records = [each.record() for each in gathered]
-            self.writer.append(records, token_table(gathered), string_table(gathered), context_table(gathered))
+            tables = token_table(gathered), string_table(gathered), context_table(gathered), matrix_table(gathered)
+            self.writer.append(records, *tables)
             for each in gathered:
                 if each.weights is not None:
                     self.writer.keep_weights(each.epoch, each.weights)
@@ -121,7 +122,7 @@ class Recorder:
         files = Path(self.scratch.name) / "read"
         files.mkdir()
         folder.fetch_checkpoint(self.checkpoint, files)
-        return Checkpoint(self.checkpoint.epoch, files, tables["tokens"], tables["strings"])
+        return Checkpoint(self.checkpoint.epoch, files, tables["tokens"], tables["strings"], tables["matrix"])
 
     def is_due(self) -> bool:
         """Whether enough time has passed since the last one."""

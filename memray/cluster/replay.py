@@ -6,16 +6,25 @@ trial that is another one.
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+import pyarrow as pa
+
 from memray.cluster.ledger import TrialFolder
-from memray.cluster.probing import prepared, score_snapshot
+from memray.cluster.probing import look_at_snapshot, prepared
+from memray.looks import EpochQuestion, Looked, has_context
 from memray.measurement import TRAINED, Measurement, Measurer, read_scores
 from memray.scoring import TokenScores
+from memray.sequence_measurement import KEPT
 from memray.spec import TrialSpec
-from memray.trial import Looked, has_context
 
 
 def is_kept(spec: TrialSpec, trained: TrialFolder) -> bool:
-    """Whether a finished trial kept the weights of every epoch that its spec's probes look at."""
+    """Whether a finished trial kept the weights of every epoch that its spec's probes look at.
+
+    One with a curriculum never did.
+    """
+    if spec.curriculum is not None:
+        return False
     finished = trained.finished()
     assert finished is not None
     last = int(finished.summary["epochs"])
@@ -37,10 +46,10 @@ def from_kept_weights(spec: TrialSpec, trained: TrialFolder) -> Iterator[Measure
         is_last = epoch == read[-1][0]
         looked = Looked(None)
         if is_last or epoch in spec.probes.epochs:
-            with_context = has_context(spec, epoch, is_last=is_last)
-            looked = score_snapshot(model, epoch, trained.read_weights(paths[epoch]), with_context=with_context)
+            question = EpochQuestion(epoch, has_context(spec, epoch, is_last=is_last))
+            looked = look_at_snapshot(model, question, trained.read_weights(paths[epoch]))
             assert looked.trained is not None
-            _check(spec, epoch, looked.trained, scores)
+            _check_same(spec, epoch, looked.trained.is_identical_to(scores))
         yield measurer.measure(epoch, scores, looked.held_out, context=looked.context, is_last=is_last)
 
 
@@ -50,18 +59,42 @@ def as_trained(spec: TrialSpec, measurements: Iterable[Measurement], trained: Tr
     Raises:
         ValueError: If they do not.
     """
-    before = {epoch: scores for epoch, scores, _ in read_scores(trained.tokens(), trained.strings())}
+    before = _trained_scores(spec, trained)
     epoch = -1
     for measurement in measurements:
         epoch = measurement.epoch
-        _check(spec, epoch, measurement.tokens[TRAINED], before.get(epoch))
+        now = _stage_scores(measurement.matrix) if spec.curriculum else measurement.tokens[TRAINED]
+        _check_same(spec, epoch, _is_same(now, before.pop(epoch, None)))
         yield measurement
-    if epoch < max(before):
-        _check(spec, epoch + 1, None, before[epoch + 1])
+    _check_same(spec, min(before, default=epoch), not before)
 
 
-def _check(spec: TrialSpec, epoch: int, now: TokenScores | None, before: TokenScores | None) -> None:
-    if now is None or before is None or not now.is_identical_to(before):
+def _trained_scores(spec: TrialSpec, trained: TrialFolder) -> dict[int, TokenScores | bytes]:
+    """What the trained strings scored, by epoch; of a curriculum, by the epoch at which each stage ended."""
+    if spec.curriculum is None:
+        return {epoch: scores for epoch, scores, _ in read_scores(trained.tokens(), trained.strings())}
+    matrix = trained.matrix()
+    stages = matrix["stage"].to_numpy()
+    parts = [matrix.filter(pa.array(stages == stage)) for stage in np.unique(stages)]
+    ends = [each["epoch"] for each in trained.measurements()[0]]
+    return {epoch: _stage_scores(part) for epoch, part in zip(ends, parts, strict=True)}
+
+
+def _stage_scores(matrix: pa.Table | None) -> bytes:
+    """What a stage's own strings came to, epoch by epoch."""
+    assert matrix is not None
+    own = matrix.filter(matrix["is_own"])
+    return b"".join(own[key].to_numpy().tobytes() for key in KEPT)
+
+
+def _is_same(now: TokenScores | bytes, before: TokenScores | bytes | None) -> bool:
+    if isinstance(now, TokenScores):
+        return isinstance(before, TokenScores) and now.is_identical_to(before)
+    return now == before
+
+
+def _check_same(spec: TrialSpec, epoch: int, is_same: bool) -> None:
+    if not is_same:
         raise ValueError(
             f"a trial that is looked at again must score its strings as it did, to the last bit, but at epoch {epoch} "
             f"of trial {spec.trial_id()} it does not: it was run on another kind of device, or with other versions; "

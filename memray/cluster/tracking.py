@@ -10,9 +10,10 @@ Nothing here trains, and nothing that trains waits for it.
 
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -42,6 +43,8 @@ METRICS_PER_CALL = 1000
 PARAMS_PER_CALL = 100
 # Lines that a chart can bear, and runs that a link can name.
 CELLS_PER_PAGE = 20
+# Stages of a curriculum that a chart can bear.
+STAGES_SHOWN = 200
 # Measures that stand at the last epoch of each trial alone.
 AT_LAST = ("phase/", "order/")
 # The tag that holds the traceback of a trial that failed.
@@ -166,7 +169,7 @@ class Tracker:
         if not is_known:
             self._log_params(run_id, trial.params())
             folder.note("mlflow", {"uri": self.uri, "run_id": run_id})
-        self._send_points(run_id, folder, created_ms)
+        self._send_points(run_id, trial, folder, created_ms)
         if state == "finished":
             self._send_tables(run_id, folder)
             self._close(run_id, folder)
@@ -182,10 +185,10 @@ class Tracker:
         for begin in range(0, len(entities), PARAMS_PER_CALL):
             self.client.log_batch(run_id, params=entities[begin : begin + PARAMS_PER_CALL])
 
-    def _send_points(self, run_id: str, folder: TrialFolder, created_ms: int) -> None:
+    def _send_points(self, run_id: str, trial: TrialSpec, folder: TrialFolder, created_ms: int) -> None:
         cursor = self.cursors.get(folder.trial_id, START)
         measurements, end = folder.measurements(cursor)
-        self._log_points(run_id, points(measurements, created_ms))
+        self._log_points(run_id, points(shown(measurements, trial), created_ms))
         self.cursors[folder.trial_id] = end
 
     def _log_points(self, run_id: str, metrics: Sequence[Metric]) -> None:
@@ -194,7 +197,8 @@ class Tracker:
 
     def _send_tables(self, run_id: str, folder: TrialFolder) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            tables = {"tokens": folder.tokens(), "strings": folder.strings(), "context": folder.context()}
+            tables = {"tokens": folder.tokens(), "strings": folder.strings(), "context": folder.context(),
+                      "matrix": folder.matrix()}  # fmt: skip
             for name, table in tables.items():
                 if table.num_columns == 0:
                     continue
@@ -257,7 +261,7 @@ class Tracker:
         params = {name: "none" if name.endswith("_seed") else value for name, value in trials[0].params().items()}
         self._log_params(run_id, params)
         records = [folder.measurements()[0] for folder in folders]
-        self._log_points(run_id, points(cell_measurements(records), created_ms))
+        self._log_points(run_id, points(shown(cell_measurements(records), trials[0]), created_ms))
         self.client.set_terminated(run_id, "FINISHED", end_time=created_ms)
         self.ended.add(run_id)
 
@@ -314,6 +318,13 @@ def trial_name(trial: TrialSpec, varying: Sequence[str]) -> str:
     return " ".join(f"{name.rpartition('.')[2]}={params[name]}" for name in varying) or trial.trial_id()
 
 
+def shown(measurements: Iterable[Mapping[str, Any]], trial: TrialSpec) -> list[Mapping[str, Any]]:
+    """Of a trial's measurements those that MLflow is sent: of a long curriculum every so many stages, and the last."""
+    num_stages = len(trial.stages())
+    stride = max(1, math.ceil(num_stages / STAGES_SHOWN))
+    return [each for each in measurements if each["stage"] % stride == 0 or each["stage"] == num_stages - 1]
+
+
 def points(measurements: Iterable[Mapping[str, Any]], created_ms: int) -> list[Metric]:
     """The metric rows of some measurements: one second an epoch after the trial's first claim."""
     return [
@@ -329,24 +340,42 @@ def cell_measurements(replicates: Sequence[Sequence[Mapping[str, Any]]]) -> list
     A phase that some replicates never reached counts as infinitely late: where the median itself is censored,
     the key is absent and the number of censored replicates says why. A curve is drawn as far as all replicates go.
     """
-    by_epoch: dict[int, list[Mapping[str, float]]] = {}
-    for records in replicates:
-        for each in records:
-            by_epoch.setdefault(each["epoch"], []).append(each["metrics"])
     merged = []
-    for epoch in sorted(by_epoch):
-        present = by_epoch[epoch]
+    for stage, epoch, present in _aligned(replicates):
         metrics: dict[str, float] = {}
         if len(present) == len(replicates):
-            # The phases stand at each replicate's own last epoch, which `stop_when` may have moved: see below.
-            for key in dict.fromkeys(key for each in present for key in each if not key.startswith(AT_LAST)):
+            keys = dict.fromkeys(key for each in present for key in each)
+            # The phases stand at each replicate's own last epoch, which `stop_when` may have moved: see below. Those of
+            # a curriculum stand at the end of each stage.
+            keys = [key for key in keys if not key.startswith(AT_LAST) or _has_stages(replicates)]
+            for key in keys:
                 metrics |= _over_replicates(key, np.array([each.get(key, np.nan) for each in present]))
-        merged.append({"epoch": epoch, "metrics": metrics})
+        merged.append({"stage": stage, "epoch": epoch, "metrics": metrics})
     last = [records[-1]["metrics"] for records in replicates if records]
     if merged:
         merged[-1]["metrics"] = merged[-1]["metrics"] | _last_of_all(last)
         merged[-1]["metrics"] |= {"cell/replicates": float(len(replicates)), **_censored(last)}
     return merged
+
+
+def _aligned(
+    replicates: Sequence[Sequence[Mapping[str, Any]]],
+) -> Iterator[tuple[int, int, list[Mapping[str, float]]]]:
+    """The metrics of those replicates that have an epoch, by stage and epoch; of a curriculum, that have a stage.
+
+    Stages that end with a criterion have as many epochs as each replicate needs: the latest stands for all.
+    """
+    by_place: dict[int, list[Mapping[str, Any]]] = {}
+    for records in replicates:
+        for index, each in enumerate(records):
+            by_place.setdefault(index if _has_stages(replicates) else each["epoch"], []).append(each)
+    for place in sorted(by_place):
+        present = by_place[place]
+        yield present[0]["stage"], max(each["epoch"] for each in present), [each["metrics"] for each in present]
+
+
+def _has_stages(replicates: Sequence[Sequence[Mapping[str, Any]]]) -> bool:
+    return any(each["stage"] > 0 for records in replicates for each in records)
 
 
 def _over_replicates(key: str, values: np.ndarray) -> dict[str, float]:
@@ -394,7 +423,8 @@ def results(sweep: Sweep, *, storage: str | None = None, tracking_uri: str | Non
         if folder.finished() is None:
             continue
         named = {"trial_id": trial.trial_id(), "cell_id": trial.cell_id(), **trial.params()}
-        rows += [named | {"epoch": each["epoch"], **each["metrics"]} for each in folder.measurements()[0]]
+        measurements = folder.measurements()[0]
+        rows += [named | {"stage": each["stage"], "epoch": each["epoch"], **each["metrics"]} for each in measurements]
     return pd.DataFrame(rows)
 
 
@@ -437,5 +467,11 @@ def _results_from_mlflow(sweep: Sweep, tracking_uri: str) -> pd.DataFrame:
             for point in client.get_metric_history(run.info.run_id, key):
                 epochs.setdefault(point.step, {})[key] = point.value
         named = {"trial_id": trial.trial_id(), "cell_id": trial.cell_id(), **trial.params()}
-        rows += [named | {"epoch": epoch, **epochs[epoch]} for epoch in sorted(epochs)]
+        # MLflow knows no stages; of a curriculum the first measurement is of the weights before training.
+        stages = [0, *range(len(trial.stages()))] if trial.curriculum else [0] * len(epochs)
+        sent = shown([{"stage": stage} for stage in stages], trial)
+        rows += [
+            named | dict(each) | {"epoch": epoch, **epochs[epoch]}
+            for each, epoch in zip(sent, sorted(epochs), strict=True)
+        ]
     return pd.DataFrame(rows)

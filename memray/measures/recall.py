@@ -7,6 +7,7 @@ it can be computed again from the ledger. This module knows no model, no epoch a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,48 +140,78 @@ def measure_string(scores: TokenScores, truth: Truth) -> dict[str, float]:
     Returns:
         Values by key; nan where a measure is undefined, as for the shares of a string with a single symbol.
     """
-    return _recall_measures(scores, truth) | _guessing_measures(scores, truth)
+    assert scores.num_strings == 1, "one string at a time: TokenScores.of"
+    return {key: float(values[0]) for key, values in measure_strings(scores, [truth]).items()}
 
 
-def _recall_measures(scores: TokenScores, truth: Truth) -> dict[str, float]:
-    log_prob = scores.log_prob.astype(np.float64)
-    log_mass = scores.log_mass.astype(np.float64)
-    token_accuracy = float(np.mean(scores.argmax == truth.target_ids))
-    baseline = truth.guesser.accuracy
-    log2_gain = log_prob / LN2 - truth.guesser.log2_probability
+def measure_strings(scores: TokenScores, truths: Sequence[Truth]) -> dict[str, Float[ndarray, " strings"]]:
+    """The measures of `measure_string` for many strings at once, which is faster and gives the same bits.
+
+    Args:
+        scores: Scores of the strings, in order of string and position.
+        truths: Theirs, in the same order; all of the same number of targets over an alphabet of the same size.
+    """
+    shape = len(truths), len(truths[0].targets)
+    assert scores.num_strings == shape[0]
+    assert len(scores.log_prob) == shape[0] * shape[1], "strings of different lengths: measure them one by one"
+    return _recall_measures(scores, truths, shape) | _guessing_measures(scores, truths, shape)
+
+
+def _recall_measures(
+    scores: TokenScores, truths: Sequence[Truth], shape: tuple[int, int]
+) -> dict[str, Float[ndarray, " strings"]]:
+    log_prob = scores.log_prob.reshape(shape).astype(np.float64)
+    log_mass = scores.log_mass.reshape(shape).astype(np.float64)
+    argmax = scores.argmax.reshape(shape)
+    token_accuracy = np.mean(argmax == np.stack([truth.target_ids for truth in truths]), axis=1)
+    baseline = np.array([truth.guesser.accuracy for truth in truths])
+    log2_guesses = np.stack([truth.guesser.log2_probability for truth in truths])
+    log2_gain = log_prob / LN2 - log2_guesses
     mixture = mixture_bits(log2_gain)
-    largest_mixture = float(np.mean(mixture_bits(-truth.guesser.log2_probability)))
-    num_targets = len(mixture)
+    largest_mixture = np.mean(mixture_bits(-log2_guesses), axis=1)
+    num_targets = shape[1]
     return {
         "recall/token_accuracy": token_accuracy,
-        "recall/nll_nats": -float(np.mean(log_prob)),
-        "recall/nll_mass_nats": -float(np.mean(log_mass)),
-        "recall/nll_alphabet_nats": -float(np.mean(log_prob - log_mass)),
-        "recall/corrected_accuracy": _ratio(token_accuracy - baseline, 1.0 - baseline),
-        "recall/memorised_bits": float(np.mean(log2_gain)),
-        "recall/mixture_bits": float(np.mean(mixture)),
-        "recall/mixture_bits_se": (
-            float(np.std(mixture, ddof=1)) / math.sqrt(num_targets) if num_targets > 1 else math.nan
-        ),
-        "recall/uncorrected": _ratio(float(np.mean(mixture)), largest_mixture),
-        "health/tie_rate": float(np.mean(scores.argmax == -1)),
+        "recall/nll_nats": -np.mean(log_prob, axis=1),
+        "recall/nll_mass_nats": -np.mean(log_mass, axis=1),
+        "recall/nll_alphabet_nats": -np.mean(log_prob - log_mass, axis=1),
+        "recall/corrected_accuracy": _ratios(token_accuracy - baseline, 1.0 - baseline),
+        "recall/memorised_bits": np.mean(log2_gain, axis=1),
+        "recall/mixture_bits": np.mean(mixture, axis=1),
+        "recall/mixture_bits_se": _deviations(mixture) / math.sqrt(num_targets),
+        "recall/uncorrected": _ratios(np.mean(mixture, axis=1), largest_mixture),
+        "health/tie_rate": np.mean(argmax == -1, axis=1),
     }
 
 
-def _guessing_measures(scores: TokenScores, truth: Truth) -> dict[str, float]:
-    assert scores.num_strings == 1, "one string at a time: TokenScores.of"
-    mean_q = scores.mean_q[0]
-    frequencies = symbol_frequencies(truth.targets, len(truth.marginal))
+def _deviations(values: Float[ndarray, "strings targets"]) -> Float[ndarray, " strings"]:
+    """The standard deviation of each string's targets; nan of a single one."""
+    if values.shape[1] == 1:
+        return np.full(len(values), math.nan)
+    return np.asarray(np.std(values, axis=1, ddof=1))
+
+
+def _guessing_measures(
+    scores: TokenScores, truths: Sequence[Truth], shape: tuple[int, int]
+) -> dict[str, Float[ndarray, " strings"]]:
+    alphabet_size = len(truths[0].marginal)
+    marginals = np.stack([truth.marginal for truth in truths])
+    frequencies = np.stack([symbol_frequencies(truth.targets, alphabet_size) for truth in truths])
+    mass = np.exp(scores.log_mass.reshape(shape).astype(np.float64))
+    entropy_bits, kl_position = (
+        np.asarray(np.mean(each.reshape(shape), axis=1, dtype=np.float64))
+        for each in (scores.entropy_bits, scores.kl_bits)
+    )
     return {
-        "guessing/alphabet_mass": float(np.mean(np.exp(scores.log_mass.astype(np.float64)))),
-        "guessing/entropy_bits": float(np.mean(scores.entropy_bits, dtype=np.float64)),
-        "guessing/kl_bits": kl_bits(truth.marginal, mean_q),
-        "guessing/kl_own_bits": kl_bits(frequencies, mean_q),
-        "guessing/kl_position_bits": _finite(float(np.mean(scores.kl_bits, dtype=np.float64))),
+        "guessing/alphabet_mass": np.mean(mass, axis=1),
+        "guessing/entropy_bits": entropy_bits,
+        "guessing/kl_bits": kl_bits(marginals, scores.mean_q),
+        "guessing/kl_own_bits": kl_bits(frequencies, scores.mean_q),
+        "guessing/kl_position_bits": np.where(np.isfinite(kl_position), kl_position, math.nan),
     }
 
 
-def mixture_bits(log2_gain: Float[ndarray, " targets"]) -> Float[ndarray, " targets"]:
+def mixture_bits(log2_gain: Float[ndarray, "*strings targets"]) -> Float[ndarray, "*strings targets"]:
     """Bits that a half-and-half mixture of model and guesser gains on each target over the guesser.
 
     With p the model's and g the guesser's probability of the target this is log2(1/2 + p / (2 g)). Nothing is
@@ -197,9 +228,10 @@ def mixture_bits(log2_gain: Float[ndarray, " targets"]) -> Float[ndarray, " targ
     return np.logaddexp2(0.0, log2_gain) - 1.0
 
 
-def kl_bits(p: Float[ndarray, " alphabet"], q: Float[ndarray, " alphabet"]) -> float:
-    """Kullback-Leibler divergence KL(p || q) in bits, at least 0; nan where q misses a symbol of p."""
-    return _finite(float(np.sum(rel_entr(p.astype(np.float64), q.astype(np.float64)))) / LN2)
+def kl_bits(p: Float[ndarray, "strings alphabet"], q: Float[ndarray, "strings alphabet"]) -> Float[ndarray, " strings"]:
+    """Kullback-Leibler divergences KL(p || q) in bits, at least 0; nan where q misses a symbol of p."""
+    found = np.sum(rel_entr(p.astype(np.float64), q.astype(np.float64)), axis=1) / LN2
+    return np.where(np.isfinite(found), found, math.nan)
 
 
 def heldout_floor(mean_uncorrected: Float[ndarray, " epochs"]) -> float:
@@ -232,5 +264,8 @@ def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator > 0.0 else math.nan
 
 
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else math.nan
+def _ratios(
+    numerators: Float[ndarray, " strings"], denominators: Float[ndarray, " strings"]
+) -> Float[ndarray, " strings"]:
+    undefined = np.full(len(numerators), math.nan)
+    return np.divide(numerators, denominators, out=undefined, where=denominators > 0.0)

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
 from memray.encoding import Batch
+from memray.material import prepare
 from memray.measurement import Measurement, Measurer
 from memray.models import load_model
 from memray.scoring import AlphabetIds, TokenScores, collect, score_logits, target_states
 from memray.spec import TrialSpec
 from memray.sweep import load
-from memray.trial import prepare
 
 
 def train(spec: TrialSpec) -> list[Measurement]:

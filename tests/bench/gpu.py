@@ -29,9 +29,9 @@ from memray.cost import shape
 from memray.encoding import Batch
 from memray.families import family
 from memray.finetune import TorchEngine, lower_weights, optimiser
+from memray.material import prepare
 from memray.models import character_tokenizer, load_model
 from memray.spec import ModelSpec, StringsSpec, TrainingSpec, TrialSpec
-from memray.trial import prepare
 
 RATE = 1e-5
 SIDES = ("memray", "bare loop")

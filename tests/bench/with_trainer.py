@@ -21,12 +21,12 @@ os.environ["RAY_AUTH_MODE"] = "token"
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from memray.material import Material, prepare
 from memray.measurement import Measurer
 from memray.models import load_model
 from memray.scoring import score
 from memray.spec import TrialSpec
 from memray.sweep import Sweep, load
-from memray.trial import Material, prepare
 
 Log = Callable[[dict[str, float], int], object]
 

@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_trial_or_number_of_workers_is_refused_with_a_se
     other = TrialSpec(compute=ComputeSpec(engine="deepspeed", workers=2), string_seed=1)
 
     def kept(about: dict) -> KeptCheckpoint:
-        return KeptCheckpoint(attempt=1, epoch=4, segments=1, weights=[], files={}, about=about)
+        return KeptCheckpoint(attempt=1, epoch=4, segments=1, records=[], weights=[], files={}, about=about)
 
     check_resumable(two, kept(about_checkpoint(two)))
     with pytest.raises(ValueError, match=r"checkpoint of its own, but the one of epoch 4 has workers=4 instead of 2; "):
