@@ -109,9 +109,10 @@ def plan(
         out.print(line, markup=False, soft_wrap=True)
     out.print(where_probes_run(loaded))
     left = [row for row in rows if row["state"] != "finished"]
+    flops = sum(row["flops"] for row in left)
     out.print(
-        f"{len(rows)} trials in {len(loaded.cells())} cells, {len(left)} to run: "
-        f"{sum(row['flops'] for row in left):.3g} floating-point operations, "
+        f"{len(rows)} trials in {len(loaded.cells())} cells, {len(left)} to run: {flops:.3g} floating-point operations "
+        f"({sum(row['probe_flops'] for row in left) / max(1.0, flops):.0%} of them to look at what was learned), "
         f"{sum(row['device_hours'] for row in left):.3g} device-hours (estimated), "
         f"at most {max(row['peak_gib'] for row in rows):.1f} GiB a device"
     )

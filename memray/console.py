@@ -37,6 +37,7 @@ def plan_row(trial: TrialSpec, sweep: Sweep, state: str) -> dict[str, Any]:
         "zero_stage": trial.compute.zero_stage if trial.compute.engine == "deepspeed" else None,
         "offload": trial.compute.offload if trial.compute.engine == "deepspeed" else None,
         "flops": estimate.flops,
+        "probe_flops": estimate.probe_flops,
         "peak_gib": round(estimate.peak_gib, 3),
         "device_hours": estimate.device_hours,
         "placed": sweep.placements.get(trial.trial_id()),

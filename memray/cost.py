@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from memray import families
 from memray.accelerators import Accelerator, accelerator
+from memray.curriculum import BEFORE, num_replayed, strings_to_look_at
 from memray.probes import context_cost_tokens
 from memray.spec import ModelSpec, TrialSpec
 
@@ -66,7 +69,8 @@ class Cost:
     """What one trial is expected to take.
 
     Attributes:
-        flops: Floating-point operations, probes included, all workers together.
+        flops: Floating-point operations, probes included, all workers together,
+        probe_flops: and those of the probes alone: strings that are scored and not trained, and contexts.
         peak_gib: Peak memory of each of its devices (on the CPU: of each process).
         seconds: Wall-clock time on devices of the kind that the spec names.
         workers: How many of them.
@@ -76,6 +80,7 @@ class Cost:
     peak_gib: float
     seconds: float
     workers: int = 1
+    probe_flops: float = 0.0
 
     @property
     def device_hours(self) -> float:
@@ -133,34 +138,88 @@ def _shape_in(path: Path, family: families.Family) -> Shape:
     return Shape(found["num_layers"], hidden_size, found["vocab_size"], matrices + tables, matrices + table)
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a trial computes, in strings.
+
+    Attributes:
+        trained: Strings of all steps together, that each worker trains.
+        steps: Optimiser steps.
+        scored: Strings of each scoring pass over the trained ones.
+        looked_at: Strings of each look.
+    """
+
+    trained: int
+    steps: int
+    scored: tuple[int, ...]
+    looked_at: tuple[int, ...]
+
+
 def cost(spec: TrialSpec) -> Cost:
     """The expected cost of a trial."""
     device = accelerator(spec.compute.accelerator)
     model = shape(spec.model)
     tokens = spec.strings.length + bool(spec.model.bos)
-    epochs = spec.num_epochs
-    num_probes = len({epoch for epoch in spec.probes.epochs if epoch <= epochs} | {epochs})
+    work = _sequence_work(spec) if spec.curriculum else _work(spec)
     one_pass = _forward_flops(model, tokens)
     backward = 2.0 if spec.model.lora is None else 1.0
     step_flops = one_pass * (1 + backward + spec.training.gradient_checkpointing)
-    needs_scoring = spec.steps_per_epoch > 1 or spec.has_dropout
-    scored = num_probes * spec.probes.num_held_out + spec.strings.num_strings * (epochs + 1 if needs_scoring else 1)
-    num_steps, workers = epochs * spec.steps_per_epoch, spec.compute.workers
+    workers = spec.compute.workers
     # Every worker computes all strings of a step that has fewer of them than workers.
-    trained_by_worker = num_steps * spec.strings_per_worker
-    flops = workers * trained_by_worker * step_flops + scored * one_pass
-    flops += _context_flops(spec, model)
+    flops = workers * work.trained * step_flops + sum(work.scored) * one_pass
+    probe_flops = sum(work.looked_at) * one_pass + _context_flops(spec, model)
     pretraining = spec.model.in_context
     in_context_flops = 3 * pretraining.steps * pretraining.strings_per_step * _forward_flops(model, pretraining.length)
-    flops += in_context_flops * workers
+    flops += in_context_flops * workers + probe_flops
     peak = device.fp32_flops if spec.compute.precision == "fp32" else device.bf16_flops
-    passes = math.ceil(scored / max(1, TOKENS_PER_SCORING_PASS // tokens) / workers)
-    forwards = 3 * trained_by_worker / _strings_per_forward(spec) + passes
+    in_a_pass = max(1, TOKENS_PER_SCORING_PASS // tokens)
+    passes = sum(math.ceil(each / in_a_pass / workers) for each in (*work.scored, *work.looked_at))
+    forwards = 3 * work.trained / _strings_per_forward(spec) + passes
     cores = spec.compute.threads if device.device == "cpu" else 1
     seconds = flops / (peak * cores * workers * EFFICIENCY[device.device])
     seconds += forwards * model.num_layers * LAUNCH_S[device.device]
-    seconds += num_steps * _bytes_told(spec, model) / LINK_BYTES_PER_S[device.device]
-    return Cost(flops, _peak_gib(spec, model, device, tokens), seconds, workers)
+    seconds += work.steps * _bytes_told(spec, model) / LINK_BYTES_PER_S[device.device]
+    return Cost(flops, _peak_gib(spec, model, device, tokens), seconds, workers, probe_flops)
+
+
+def _work(spec: TrialSpec) -> Work:
+    epochs, steps = spec.num_epochs, spec.num_epochs * spec.steps_per_epoch
+    num_probes = len({epoch for epoch in spec.probes.epochs if epoch <= epochs} | {epochs})
+    needs_scoring = spec.steps_per_epoch > 1 or spec.has_dropout
+    return Work(
+        trained=steps * spec.strings_per_worker,
+        steps=steps,
+        scored=(spec.strings.num_strings,) * (epochs + 1 if needs_scoring else 1),
+        looked_at=(spec.probes.num_held_out,) * num_probes,
+    )
+
+
+def _sequence_work(spec: TrialSpec) -> Work:
+    """Stage by stage, as `sequence` goes: looks within a stage are of fixed size, those at its end grow with it."""
+    assert spec.curriculum is not None
+    stages, retention = spec.stages(), spec.probes.retention
+    epochs = spec.num_epochs // len(stages)
+    within = sum(0 < epoch < epochs for epoch in spec.probes.epochs)
+    held_out = spec.probes.num_held_out * (2 if spec.curriculum.other else 1)
+    at_end = None if retention.stage_ends == "all" else retention.ages
+    learned = np.full(spec.strings.num_strings, BEFORE)
+    looked_at = [retention.num_future + held_out]
+    num_beside = 0
+    for stage in stages:
+        for ages, number in ((retention.ages, within), (at_end, 1)):
+            asked = strings_to_look_at(stages, stage.index, learned, ages=ages, num_future=retention.num_future)
+            looked_at += [len(asked) + held_out] * number
+        num_beside += num_replayed(spec.curriculum.replay_share, int(np.sum(learned > BEFORE))) * epochs
+        if not stage.is_unrepeated:
+            learned[list(stage.strings)] = stage.index
+    steps = spec.num_epochs * spec.steps_per_epoch
+    needs_scoring = spec.steps_per_epoch > 1 or spec.has_dropout
+    return Work(
+        trained=steps * spec.strings_per_worker + math.ceil(num_beside * spec.steps_per_epoch / spec.compute.workers),
+        steps=steps,
+        scored=(spec.strings_together,) * (len(stages) * (epochs + 1 if needs_scoring else 1)),
+        looked_at=tuple(looked_at),
+    )
 
 
 def _context_flops(spec: TrialSpec, model: Shape) -> float:

@@ -4,12 +4,20 @@ A stage is what a trial without a curriculum is as a whole: some strings, traine
 strings of a trial are shared out among its stages in order: `strings.num_strings` is how long a sequence is.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
+from jaxtyping import Int
+from numpy import ndarray
 from pydantic import Field, field_validator, model_validator
 
 from memray.part import Part, Positive
+
+# The stage that ends before the first begins: where a string stands that no stage has trained.
+BEFORE = -1
 
 StageNumber = Annotated[int, Field(ge=0)]
 
@@ -152,6 +160,41 @@ class Stage:
     is_other: bool
     is_revisit: bool
     is_unrepeated: bool
+
+
+def strings_to_look_at(
+    stages: Sequence[Stage],
+    stage: int,
+    learned: Int[ndarray, " strings"],
+    *,
+    ages: Sequence[int] | None,
+    num_future: int,
+) -> list[int]:
+    """The strings beside its own that are looked at in a stage, ascending.
+
+    Args:
+        stage: Its number, or `BEFORE`.
+        learned: The last earlier stage that trained each string; `BEFORE` if none has.
+        ages: Those last trained so many stages ago, which does not grow with the stages gone by; None: all.
+        num_future: How many of those that come next.
+    """
+    own = set() if stage == BEFORE or stages[stage].is_unrepeated else {*stages[stage].strings}
+    chosen = learned > BEFORE
+    if ages is not None:
+        chosen &= np.isin(stage - learned, ages)
+    coming = [
+        string
+        for later in stages[stage + 1 : stage + 2 + num_future]
+        if not later.is_unrepeated
+        for string in later.strings
+        if learned[string] == BEFORE and string not in own
+    ]
+    return sorted(({*np.flatnonzero(chosen).tolist()} - own) | {*coming[:num_future]})
+
+
+def num_replayed(share: float, num_earlier: int) -> int:
+    """Strings of earlier stages that each step trains beside its own, of so many."""
+    return math.ceil(share * num_earlier)
 
 
 def _ascending(what: str, numbers: tuple[int, ...]) -> tuple[int, ...]:

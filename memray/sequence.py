@@ -4,7 +4,6 @@ Each stage is the loop of :func:`finetune`. What is seen on the way waits, in or
 training does not. The strings of other stages are looked at together, in one question to whoever looks.
 """
 
-import math
 import tempfile
 import time
 from collections import deque
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memray.curriculum import Stage
+from memray.curriculum import BEFORE, Stage, num_replayed, strings_to_look_at
 from memray.encoding import Batch, encode
 from memray.finetune import Engine, finetune, learning_rate, scoring_passes
 from memray.looks import Keeper, Look, Looker, Prober, check_second_scores
@@ -24,7 +23,6 @@ from memray.measurement import KnownString, Measurement, Stopper
 from memray.scoring import TokenScores
 from memray.sequence_measurement import (
     BASE,
-    BEFORE,
     OTHER,
     Block,
     Learned,
@@ -277,12 +275,12 @@ class Walk:
         """The strings of earlier stages that an epoch trains as well."""
         earlier = np.flatnonzero(self.learned > BEFORE)
         earlier = earlier[~np.isin(earlier, stage.strings)]
-        number = math.ceil(self.curriculum.replay_share * len(earlier))
+        number = num_replayed(self.curriculum.replay_share, len(earlier))
         if number == 0:
             return None
         rng = np.random.default_rng([_REPLAY_STREAM, self.spec.order_seed, stage.index, epoch])
         chosen = np.sort(rng.choice(earlier, size=number, replace=False))
-        rows = [own_batch(self.material, [index], int(self.source[index])) for index in chosen]
+        rows = [own_batch(self.material, [index], int(self.source[index])) for index in chosen.tolist()]
         batch = rows[0]
         for row in rows[1:]:
             batch = batch.beside(row)
@@ -325,23 +323,10 @@ class Walk:
         self.waiting.append(Event(place, time.monotonic(), look=self.prober.look(question, self.engine)))
 
     def _asked(self, stage: int, *, is_end: bool) -> list[int]:
-        """The strings that are looked at in a stage, beside its own, ascending.
-
-        Within a stage they are as many as there are ages, however many strings were trained before.
-        """
+        """The strings that are looked at in a stage, beside its own."""
         stated = self.spec.probes.retention
-        own = set() if stage == BEFORE or self.stages[stage].is_unrepeated else {*self.stages[stage].strings}
-        chosen = self.learned > BEFORE
-        if not (is_end and stated.stage_ends == "all"):
-            chosen &= np.isin(stage - self.learned, stated.ages)
-        coming = [
-            string
-            for later in self.stages[stage + 1 : stage + 2 + stated.num_future]
-            if not later.is_unrepeated
-            for string in later.strings
-            if self.learned[string] == BEFORE and string not in own
-        ]
-        return sorted(({*np.flatnonzero(chosen).tolist()} - own) | {*coming[: stated.num_future]})
+        ages = None if is_end and stated.stage_ends == "all" else stated.ages
+        return strings_to_look_at(self.stages, stage, self.learned, ages=ages, num_future=stated.num_future)
 
     @property
     def is_over(self) -> bool:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from memray.curriculum import Stage
+from memray.curriculum import BEFORE, Stage
 from memray.measurement import KnownString, Measurement, mean, over_strings
 from memray.measures.phases import string_phases
 from memray.measures.recall import LN2, heldout_floor, measure_strings, robust
@@ -28,8 +28,6 @@ KEPT = (
     "recall/mixture_bits_se", "recall/uncorrected", "guessing/alphabet_mass", "guessing/kl_own_bits",
     "health/tie_rate",
 )  # fmt: skip
-# The stage that ends before the first begins: the look at the weights before training.
-BEFORE = -1
 BASE, OTHER = 0, 1
 
 Block = dict[str, ndarray]
