@@ -5,11 +5,13 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from matplotlib.image import imread
 from mlflow.tracking import MlflowClient
@@ -17,7 +19,7 @@ from typer.testing import CliRunner
 
 from memray.cli import app
 from memray.cluster.ledger import Ledger
-from memray.measurement import Measurement, string_table, token_table
+from memray.measurement import Measurement, context_table, string_table, token_table
 from memray.measures.recall import Guesser
 from memray.report import SPEED, cells_of
 from memray.report.charts import Chart, HeatMap
@@ -333,8 +335,24 @@ def measured() -> tuple[TrialSpec, list[Measurement]]:
     return trial, list(run_trial(trial))
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The records of one trial, in memory."""
+
+    measured: list[Measurement]
+
+    def tokens(self) -> pa.Table:
+        return token_table(self.measured)
+
+    def strings(self) -> pa.Table:
+        return string_table(self.measured)
+
+    def context(self) -> pa.Table:
+        return context_table(self.measured) or pa.table({})
+
+
 def record_of(trial: TrialSpec, measured: list[Measurement]) -> StringRecord:
-    found = StringRecord.of(trial, token_table(measured).to_pandas(), string_table(measured).to_pandas())
+    found = StringRecord.of(trial, Kept(measured))
     assert found is not None
     return found
 
@@ -361,7 +379,7 @@ def test_the_order_of_a_string_is_the_first_epoch_from_which_half_of_each_surpri
     trial, measurements = measured
     record = record_of(trial, measurements)
     guesser = Guesser(log2_probability=np.linspace(-8.0, -1.0, len(record.positions)), accuracy=0.5)
-    arrived, late = order_chart(record, guesser).traces
+    arrived, late = order_chart(replace(record, guesser=guesser)).traces
     expected = {}
     for index, position in enumerate(record.positions):
         enough = [math.exp(row[index]) >= math.sqrt(2.0 ** guesser.log2_probability[index]) for row in record.log_prob]
@@ -371,6 +389,14 @@ def test_the_order_of_a_string_is_the_first_epoch_from_which_half_of_each_surpri
     assert expected
     assert dict(zip(arrived.x, arrived.y, strict=True)) == expected
     assert {*late.x} == {*record.positions} - {*expected}
+
+
+def test_tokens_that_structure_fixes_have_no_place_in_the_order(measured: tuple[TrialSpec, list[Measurement]]):
+    record = record_of(*measured)
+    fixed = np.arange(len(record.positions)) >= 5
+    guesser = Guesser(log2_probability=np.where(fixed, 0.0, -1.5), accuracy=0.5)
+    arrived, late = order_chart(replace(record, guesser=guesser)).traces
+    assert {*arrived.x, *late.x} == {*record.positions[:5]}
 
 
 def test_the_string_that_is_recalled_best_is_the_one_shown():
