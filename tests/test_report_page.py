@@ -325,6 +325,16 @@ def test_columns_of_a_probe_bring_their_figures():
     np.testing.assert_array_equal(shares.values, [[0.2], [0.4]])
 
 
+def test_the_share_of_right_windows_is_held_against_that_of_independent_errors():
+    sweep = grid([{}], seeds=1)
+    columns = {"recall/token_accuracy": 0.96, "older/windows_right_32": 0.4, "older/windows_right_50": 0.3}
+    drawn = chart(sweep, planted(sweep, falling).assign(**columns), "measures")
+    by_name = {each.name: {*each.y} for each in drawn.traces}
+    assert by_name["50 if independent"] == {0.96**50}
+    short = planted(sweep, falling).assign(**{"older/longest_run": 0.2})
+    assert not any("independent" in each.name for each in chart(sweep, short, "measures").traces)
+
+
 @pytest.fixture(scope="module")
 def measured() -> tuple[TrialSpec, list[Measurement]]:
     trial = TrialSpec(
