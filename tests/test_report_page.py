@@ -41,10 +41,14 @@ VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
 STUDY = '''"""Are <small> alphabets "slower" & later?"""
 
 from memray.report.table import SHOWN
+from memray.probes import ContextSpec
 from memray.spec import ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.sweep import Sweep, replicates, vary
 
-BASE = TrialSpec(strings=StringsSpec(length=24), training=TrainingSpec(epochs=6), probes=ProbesSpec(num_held_out=2))
+CONTEXT = ContextSpec(replacements=("source",), lengths=(0, 3), redraws=2)
+BASE = TrialSpec(
+    strings=StringsSpec(length=24), training=TrainingSpec(epochs=6), probes=ProbesSpec(num_held_out=2, context=CONTEXT)
+)
 
 
 def sweep(*, seeds: int = 2):
@@ -98,7 +102,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for trial in sweep.trials:
         measured: list[Measurement] = list(run_trial(trial))
         with ledger.trial(trial.trial_id()).claim(trial.canonical_json(), "test") as attempt:
-            attempt.append([each.record() for each in measured], token_table(measured), string_table(measured))
+            tables = [table(measured) for table in (token_table, string_table, context_table)]
+            attempt.append([each.record() for each in measured], *tables)
             probes = {"probes_id": trial.probes.probes_id()}
             attempt.finish({"epochs": 6, "seconds": 1.5, "torch": "2.9", "device": "AVX2"} | probes)
     return path
@@ -150,7 +155,7 @@ def test_every_figure_has_a_title_words_for_those_who_do_not_see_it_and_a_file(p
         pixels = np.asarray(imread(written / f"{name.removeprefix('plot-')}.png"))[..., :3]
         assert (pixels.max(axis=2) - pixels.min(axis=2) > 0.2).sum() > 50
     assert (written / "recall.png").is_file()
-    for name in ("robust", "speed", "accuracy", "loss", "mass", "kl", "tokens"):
+    for name in ("robust", "speed", "accuracy", "loss", "mass", "kl", "sufficient-1", "sufficient-2", "tokens"):
         assert f"plot-{name}" in page.plots
 
 

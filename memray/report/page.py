@@ -56,7 +56,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):  # an earlier report of the study may have had other figures
         old.unlink()
-    figures = study_figures(sweep, frame)
+    figures = study_figures(sweep, frame, records)
     record = best_string(sweep, frame, records) if records else None
     if record is not None and record.guesser is not None and "order/spearman" in frame:
         figures.append(order_chart(record))
