@@ -313,30 +313,12 @@ def report(
             )
         finished = [each.finished() for each in folders]
         stands_on = provenance(loaded, [each.summary for each in finished if each], code_tags())
-        record, guesser = _one_string(loaded, ledger, frame)
-        page, *_ = write_report(loaded, frame, folder, record=record, guesser=guesser, provenance=stands_on)
+        page, *_ = write_report(loaded, frame, folder, records=ledger.trial, provenance=stands_on)
     out.print(f"report: {page.absolute()}", soft_wrap=True, markup=False)
     mirror = _mirror(loaded, ledger, uri, storage)
     mirror.send_folder(folder, "report")
     if mirror.error is not None:
         err.print(f"MLflow at {uri} lacks the report ({mirror.error}); call `report` again for it", markup=False)
-
-
-def _one_string(sweep: Sweep, ledger: Any, frame: Any) -> tuple[Any, Any]:
-    """The records of the string that is recalled best, and its best guesser; None each where they are not to be had."""
-    if not len(frame):
-        return None, None
-    from memray.material import known_strings
-    from memray.report.one_string import StringRecord, best_recalled
-
-    trial = best_recalled(sweep, frame)
-    folder = ledger.trial(trial.trial_id())
-    strings = folder.strings().to_pandas()
-    record = StringRecord.of(trial, folder.tokens().to_pandas(), strings)
-    if record is None or trial.strings.kind == "text":  # whose source only the model's tokenizer knows
-        return record, None
-    _, (first, *_) = known_strings(trial, trial.source(), strings["symbol_ids"].iloc[0], "trained")
-    return record, first.truth.guesser
 
 
 @app.command()

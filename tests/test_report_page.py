@@ -5,11 +5,13 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from matplotlib.image import imread
 from mlflow.tracking import MlflowClient
@@ -17,8 +19,7 @@ from typer.testing import CliRunner
 
 from memray.cli import app
 from memray.cluster.ledger import Ledger
-from memray.material import known_strings
-from memray.measurement import Measurement, string_table, token_table
+from memray.measurement import Measurement, context_table, string_table, token_table
 from memray.measures.recall import Guesser
 from memray.report import SPEED, cells_of
 from memray.report.charts import Chart, HeatMap
@@ -40,10 +41,14 @@ VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
 STUDY = '''"""Are <small> alphabets "slower" & later?"""
 
 from memray.report.table import SHOWN
+from memray.probes import ContextSpec
 from memray.spec import ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.sweep import Sweep, replicates, vary
 
-BASE = TrialSpec(strings=StringsSpec(length=24), training=TrainingSpec(epochs=6), probes=ProbesSpec(num_held_out=2))
+CONTEXT = ContextSpec(replacements=("source",), lengths=(0, 3), redraws=2)
+BASE = TrialSpec(
+    strings=StringsSpec(length=24), training=TrainingSpec(epochs=6), probes=ProbesSpec(num_held_out=2, context=CONTEXT)
+)
 
 
 def sweep(*, seeds: int = 2):
@@ -97,7 +102,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for trial in sweep.trials:
         measured: list[Measurement] = list(run_trial(trial))
         with ledger.trial(trial.trial_id()).claim(trial.canonical_json(), "test") as attempt:
-            attempt.append([each.record() for each in measured], token_table(measured), string_table(measured))
+            tables = [table(measured) for table in (token_table, string_table, context_table)]
+            attempt.append([each.record() for each in measured], *tables)
             probes = {"probes_id": trial.probes.probes_id()}
             attempt.finish({"epochs": 6, "seconds": 1.5, "torch": "2.9", "device": "AVX2"} | probes)
     return path
@@ -149,7 +155,7 @@ def test_every_figure_has_a_title_words_for_those_who_do_not_see_it_and_a_file(p
         pixels = np.asarray(imread(written / f"{name.removeprefix('plot-')}.png"))[..., :3]
         assert (pixels.max(axis=2) - pixels.min(axis=2) > 0.2).sum() > 50
     assert (written / "recall.png").is_file()
-    for name in ("robust", "speed", "accuracy", "loss", "mass", "kl", "tokens"):
+    for name in ("robust", "speed", "accuracy", "loss", "mass", "kl", "sufficient-1", "sufficient-2", "tokens"):
         assert f"plot-{name}" in page.plots
 
 
@@ -324,6 +330,16 @@ def test_columns_of_a_probe_bring_their_figures():
     np.testing.assert_array_equal(shares.values, [[0.2], [0.4]])
 
 
+def test_the_share_of_right_windows_is_held_against_that_of_independent_errors():
+    sweep = grid([{}], seeds=1)
+    columns = {"recall/token_accuracy": 0.96, "older/windows_right_32": 0.4, "older/windows_right_50": 0.3}
+    drawn = chart(sweep, planted(sweep, falling).assign(**columns), "measures")
+    by_name = {each.name: {*each.y} for each in drawn.traces}
+    assert by_name["50 if independent"] == {0.96**50}
+    short = planted(sweep, falling).assign(**{"older/longest_run": 0.2})
+    assert not any("independent" in each.name for each in chart(sweep, short, "measures").traces)
+
+
 @pytest.fixture(scope="module")
 def measured() -> tuple[TrialSpec, list[Measurement]]:
     trial = TrialSpec(
@@ -334,8 +350,24 @@ def measured() -> tuple[TrialSpec, list[Measurement]]:
     return trial, list(run_trial(trial))
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The records of one trial, in memory."""
+
+    measured: list[Measurement]
+
+    def tokens(self) -> pa.Table:
+        return token_table(self.measured)
+
+    def strings(self) -> pa.Table:
+        return string_table(self.measured)
+
+    def context(self) -> pa.Table:
+        return context_table(self.measured) or pa.table({})
+
+
 def record_of(trial: TrialSpec, measured: list[Measurement]) -> StringRecord:
-    found = StringRecord.of(trial, token_table(measured).to_pandas(), string_table(measured).to_pandas())
+    found = StringRecord.of(trial, Kept(measured))
     assert found is not None
     return found
 
@@ -362,7 +394,7 @@ def test_the_order_of_a_string_is_the_first_epoch_from_which_half_of_each_surpri
     trial, measurements = measured
     record = record_of(trial, measurements)
     guesser = Guesser(log2_probability=np.linspace(-8.0, -1.0, len(record.positions)), accuracy=0.5)
-    arrived, late = order_chart(record, guesser).traces
+    arrived, late = order_chart(replace(record, guesser=guesser)).traces
     expected = {}
     for index, position in enumerate(record.positions):
         enough = [math.exp(row[index]) >= math.sqrt(2.0 ** guesser.log2_probability[index]) for row in record.log_prob]
@@ -372,6 +404,14 @@ def test_the_order_of_a_string_is_the_first_epoch_from_which_half_of_each_surpri
     assert expected
     assert dict(zip(arrived.x, arrived.y, strict=True)) == expected
     assert {*late.x} == {*record.positions} - {*expected}
+
+
+def test_tokens_that_structure_fixes_have_no_place_in_the_order(measured: tuple[TrialSpec, list[Measurement]]):
+    record = record_of(*measured)
+    fixed = np.arange(len(record.positions)) >= 5
+    guesser = Guesser(log2_probability=np.where(fixed, 0.0, -1.5), accuracy=0.5)
+    arrived, late = order_chart(replace(record, guesser=guesser)).traces
+    assert {*arrived.x, *late.x} == {*record.positions[:5]}
 
 
 def test_the_string_that_is_recalled_best_is_the_one_shown():

@@ -1,9 +1,9 @@
 """What a sweep has shown. Here: cell by cell, on which the table and the figures beside this file stand.
 
-Everything in this package reads a sweep and the frame of its results (one row a trial and epoch), and knows neither
-where these were kept nor how they were computed. The unit is the replicate. A level that was never reached is
-censored, which is not a missing value: it counts as later than every number, and is shown as beyond the last epoch
-that was looked at.
+Everything in this package reads a sweep and the frame of its results (one row a trial and epoch), or the records of
+single trials (`records`), and knows neither where these were kept nor how they were computed. The unit is the
+replicate. A level that was never reached is censored, which is not a missing value: it counts as later than every
+number, and is shown as beyond the last epoch that was looked at.
 """
 
 from __future__ import annotations

@@ -11,10 +11,11 @@ import pandas as pd
 from jaxtyping import Float
 from numpy import ndarray
 
-from memray.measures.order import acquisition_epochs
+from memray.measures.order import acquisition_epochs, has_surprise
 from memray.measures.recall import Guesser
 from memray.report import column
 from memray.report.charts import Chart, HeatMap, Style, Trace
+from memray.report.records import Records, RecordsOf, known_again
 from memray.spec import TrialSpec
 from memray.strings import ALPHABETS
 from memray.sweep import Sweep
@@ -36,6 +37,7 @@ class StringRecord:
         argmax: Token id of the top prediction, `TIE` where there is none.
         symbols: The string, symbol by symbol, as people read it.
         names: Symbols by their token id.
+        guesser: The best one without memory; None for a text.
     """
 
     trial: TrialSpec
@@ -45,13 +47,18 @@ class StringRecord:
     argmax: ndarray
     symbols: Sequence[str]
     names: dict[int, str]
+    guesser: Guesser | None
 
     @classmethod
-    def of(cls, trial: TrialSpec, tokens: pd.DataFrame, strings: pd.DataFrame) -> StringRecord | None:
-        """From the ledger's records of a trial, per token and per string; None where there are none."""
-        if not len(tokens) or not len(strings):
+    def of(cls, trial: TrialSpec, records: Records) -> StringRecord | None:
+        """From the records of a trial; None where there are none."""
+        tokens, strings = records.tokens(), records.strings()
+        if not tokens.num_rows or not strings.num_rows:
             return None
-        own = tokens.loc[~tokens["is_held_out"].astype(bool) & (tokens["string"] == 0)]
+        known = known_again(trial, strings, "trained")
+        tokens = tokens.select(["epoch", "is_held_out", "string", "position", "log_prob", "argmax"]).to_pandas()
+        strings = strings.select(["role", "string", "text", "symbol_ids"]).to_pandas()
+        own = tokens.loc[~tokens["is_held_out"] & (tokens["string"] == 0)]
         log_prob = own.pivot(index="epoch", columns="position", values="log_prob").sort_index()
         argmax = own.pivot(index="epoch", columns="position", values="argmax").sort_index()
         (first, *_) = strings.loc[(strings["role"] == "trained") & (strings["string"] == 0)].to_dict("records")
@@ -63,11 +70,20 @@ class StringRecord:
             argmax=argmax.to_numpy(),
             symbols=_symbols(str(first["text"]), trial.strings.length),
             names=dict(zip(map(int, first["symbol_ids"]), ALPHABETS.get(trial.strings.alphabet, ""), strict=False)),
+            guesser=known[1][0].truth.guesser if known else None,
         )
 
     def name_of(self, token_id: int) -> str:
         """A top prediction, for people."""
         return "a tie" if token_id == TIE else self.names.get(token_id, f"token {token_id}")
+
+    def acquired(self) -> pd.Series:
+        """The epoch at which each token with surprise was memorised, by position; nan if never. Nothing for a text."""
+        if self.guesser is None:
+            return pd.Series(dtype=np.float64)
+        acquired = acquisition_epochs(self.log_prob, np.array(self.epochs), self.guesser)
+        has_any = has_surprise(self.guesser)
+        return pd.Series(acquired[has_any], index=np.array(self.positions)[has_any])
 
 
 def _symbols(text: str, length: int) -> list[str]:
@@ -83,6 +99,12 @@ def best_recalled(sweep: Sweep, frame: pd.DataFrame) -> TrialSpec:
     ordered = frame.sort_values("epoch", kind="stable").groupby("trial_id").tail(1)
     recalled = dict(zip(ordered["trial_id"], np.nan_to_num(column(ordered, "recall/robust"), nan=-np.inf), strict=True))
     return max((trial for trial in sweep.trials if trial.trial_id() in recalled), key=lambda t: recalled[t.trial_id()])
+
+
+def best_string(sweep: Sweep, frame: pd.DataFrame, records: RecordsOf) -> StringRecord | None:
+    """The string that is recalled best; None where its records are not to be had."""
+    trial = best_recalled(sweep, frame)
+    return StringRecord.of(trial, records(trial.trial_id()))
 
 
 def token_map(record: StringRecord) -> HeatMap:
@@ -117,10 +139,10 @@ def _shortened(text: str, most: int = 120) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-def order_chart(record: StringRecord, guesser: Guesser) -> Chart:
+def order_chart(record: StringRecord) -> Chart:
     """The epoch at which each token was memorised against its position: half of its own surprise is gone for good."""
-    acquired = acquisition_epochs(record.log_prob, np.array(record.epochs), guesser)
-    positions = np.array(record.positions)
+    by_position = record.acquired()
+    positions, acquired = by_position.index.to_numpy(), by_position.to_numpy()
     arrived = ~np.isnan(acquired)
     above = 1.05 * max(record.epochs)
     hover = [f"position {position}: {record.symbols[position]!r}" for position in positions]

@@ -16,15 +16,15 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from memray.measures.recall import Guesser
 from memray.report import SEEDS, SPEED, cells_of, interval_text, value_text
 from memray.report.charts import Figure
 from memray.report.claims import ENOUGH_REPLICATES, Finding, judge
 from memray.report.drawing import to_script, write_png
 from memray.report.figure import write_sweep_figure
 from memray.report.health import signs
-from memray.report.one_string import StringRecord, order_chart, token_map
+from memray.report.one_string import best_string, order_chart, token_map
 from memray.report.rates import best_rates
+from memray.report.records import RecordsOf
 from memray.report.study_figures import study_figures
 from memray.report.table import SHOWN, trends
 from memray.sweep import Sweep
@@ -38,16 +38,14 @@ def write_report(
     frame: pd.DataFrame,
     folder: Path,
     *,
-    record: StringRecord | None = None,
-    guesser: Guesser | None = None,
+    records: RecordsOf | None = None,
     provenance: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Writes `report.html` and the figures into a folder, which is made, and returns their paths, the page first.
 
     Args:
         frame: The results, as `results` gives them.
-        record: A string to be shown token by token.
-        guesser: Of that string; without it the order of its tokens is not drawn.
+        records: Of each trial, for what the results do not hold; without them no figure shows single tokens.
         provenance: What else the numbers stand on, by what it is.
 
     Raises:
@@ -58,9 +56,10 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):  # an earlier report of the study may have had other figures
         old.unlink()
-    figures = study_figures(sweep, frame)
-    if record is not None and guesser is not None and "order/spearman" in frame:
-        figures.append(order_chart(record, guesser))
+    figures = study_figures(sweep, frame, records)
+    record = best_string(sweep, frame, records) if records else None
+    if record is not None and record.guesser is not None and "order/spearman" in frame:
+        figures.append(order_chart(record))
     token_figure = None if record is None else token_map(record)
     page = folder / "report.html"
     page.write_text(report_page(sweep, frame, figures, token_figure, provenance or {}), encoding="utf-8")

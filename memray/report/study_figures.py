@@ -14,14 +14,16 @@ from memray.report import SPEED, interval_text
 from memray.report.charts import Chart, Figure, HeatMap, Scale, Style, Trace
 from memray.report.figure import LEAST_ROBUST_SHOWN, MAX_LINEAR_RATIO, Line, curves, lines_of
 from memray.report.probe_figures import probe_figures
+from memray.report.record_figures import record_figures
+from memray.report.records import RecordsOf
 from memray.report.replicates import ONSET, Seen, first, last_epoch, onset, seen_cells, speed
 from memray.sweep import Sweep
 
 LN2 = math.log(2.0)
 
 
-def study_figures(sweep: Sweep, frame: pd.DataFrame) -> list[Figure]:
-    """The figures that a study's columns allow, in the order in which they are shown."""
+def study_figures(sweep: Sweep, frame: pd.DataFrame, records: RecordsOf | None = None) -> list[Figure]:
+    """The figures that a study's columns and records allow, in the order in which they are shown."""
     lines, factor = lines_of(sweep, frame)
     legend_title = factor.rpartition(".")[2]
     panels = {
@@ -35,7 +37,9 @@ def study_figures(sweep: Sweep, frame: pd.DataFrame) -> list[Figure]:
         _speeds(panel, own, cells, legend_title or "cell") for panel, own in panels.items()
     ]
     named = [replace(each, legend_title=legend_title) if isinstance(each, Chart) else each for each in found]
-    return _numbered([each for each in (*named, *_onsets(cells), *probe_figures(cells)) if _shows(each)])
+    by_token = record_figures(cells, records) if records else ()
+    shown = [each for each in (*named, *_onsets(cells), *probe_figures(cells), *by_token) if _shows(each)]
+    return _numbered(shown)
 
 
 def _shows(figure: Figure) -> bool:
