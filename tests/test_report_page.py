@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from memray.cli import app
 from memray.cluster.ledger import Ledger
+from memray.material import known_strings
 from memray.measurement import Measurement, context_table, string_table, token_table
 from memray.measures.recall import Guesser
 from memray.report import SPEED, cells_of
