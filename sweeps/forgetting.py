@@ -5,7 +5,7 @@ model. Which curve describes it is open; where the first look already finds noth
 
 Reads: arXiv 2407.19262, and its summary's second "next check": does forgetting keep its shape beyond ten strings?
 
-Cost: at tiny scale 1 trial a seed, about a minute on one core for 50 strings (`plan` states it); -p num_strings=200 takes
+Cost: at tiny scale 1 trial a seed, about a minute on one core for 50 strings (`plan` states it); with 200 it takes
 more than four times as long, for each stage ends with a look at all strings.
 """
 
