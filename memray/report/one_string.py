@@ -94,11 +94,15 @@ def _symbols(text: str, length: int) -> list[str]:
     return ["·"] * length
 
 
-def best_recalled(sweep: Sweep, frame: pd.DataFrame) -> TrialSpec:
-    """The trial whose string is recalled best at its last epoch, the first of equals."""
+def best_recalled(sweep: Sweep, frame: pd.DataFrame) -> TrialSpec | None:
+    """The trial whose string is recalled best at its last epoch, the first of equals; None where all have curricula.
+
+    Of a curriculum, the last epoch is about the strings of its last stage, and no string is followed epoch by epoch.
+    """
     ordered = frame.sort_values("epoch", kind="stable").groupby("trial_id").tail(1)
     recalled = dict(zip(ordered["trial_id"], np.nan_to_num(column(ordered, "recall/robust"), nan=-np.inf), strict=True))
-    return max((trial for trial in sweep.trials if trial.trial_id() in recalled), key=lambda t: recalled[t.trial_id()])
+    whole = [trial for trial in sweep.trials if trial.curriculum is None and trial.trial_id() in recalled]
+    return max(whole, key=lambda trial: recalled[trial.trial_id()], default=None)
 
 
 def best_string(sweep: Sweep, frame: pd.DataFrame, records: RecordsOf) -> StringRecord | None:
