@@ -366,6 +366,9 @@ class Kept:
     def context(self) -> pa.Table:
         return context_table(self.measured) or pa.table({})
 
+    def matrix(self) -> pa.Table:
+        return pa.table({})
+
 
 def record_of(trial: TrialSpec, measured: list[Measurement]) -> StringRecord:
     found = StringRecord.of(trial, Kept(measured))

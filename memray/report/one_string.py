@@ -108,7 +108,7 @@ def best_recalled(sweep: Sweep, frame: pd.DataFrame) -> TrialSpec | None:
 def best_string(sweep: Sweep, frame: pd.DataFrame, records: RecordsOf) -> StringRecord | None:
     """The string that is recalled best; None where its records are not to be had."""
     trial = best_recalled(sweep, frame)
-    return StringRecord.of(trial, records(trial.trial_id()))
+    return StringRecord.of(trial, records(trial.trial_id())) if trial else None
 
 
 def token_map(record: StringRecord) -> HeatMap:
