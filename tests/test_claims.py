@@ -162,6 +162,49 @@ def half_recalled(beyond: float, spread: float) -> Plant:
     return plant
 
 
+def staged(trial: TrialSpec, at_end: Callable[[int], dict[str, float]]) -> Rows:
+    """A row before training and one at the end of each stage, of which each takes all epochs."""
+    rows: Rows = {0: {"stage": 0}}
+    return rows | {LAST * (each.index + 1): {"stage": each.index, **at_end(each.index)} for each in trial.stages()}
+
+
+def stage_speeds(level: Callable[[TrialSpec, int], float], effect: float, spread: float = 0.03) -> Plant:
+    """T of a stage changes by a factor exp(effect) as the level goes from 0 to 1, and by chance from stage to stage."""
+
+    def plant(trial: TrialSpec, normal: float) -> Rows:
+        # In float64's digits there are other normal numbers for the stages.
+        rng = np.random.default_rng(int(abs(normal) * 1e9))
+        return staged(
+            trial, lambda stage: {SPEED: 40.0 * math.exp(effect * level(trial, stage) + spread * float(rng.normal()))}
+        )
+
+    return plant
+
+
+def by_strings_before(trial: TrialSpec, stage: int) -> float:
+    assert trial.curriculum is not None
+    return math.log2(1 + stage) / 3 * (trial.curriculum.weights == "carried")
+
+
+def by_relearning(trial: TrialSpec, stage: int) -> float:
+    return float(trial.stages()[stage].is_revisit)
+
+
+def by_memorising(trial: TrialSpec, stage: int) -> float:
+    return float(not trial.stages()[0].is_unrepeated)
+
+
+def fitted(beyond: float, spread: float) -> Plant:
+    """The AIC of the power law lies so far beyond those of all other curves."""
+
+    def plant(trial: TrialSpec, normal: float) -> Rows:
+        others = dict.fromkeys((f"retention/aic_{name}" for name in ("linear", "exponential", "saturating")), 500.0)
+        aics = others | {"retention/aic_power": 500.0 + beyond + spread * normal, "retention/identifiable": 1.0}
+        return staged(trial, lambda stage: aics if stage == len(trial.stages()) - 1 else {})
+
+    return plant
+
+
 ALPHABETS: Cells = [{"strings.alphabet_size": size} for size in (2, 7, 26)]
 ENTROPIES: Cells = [{"strings.entropy_bits": bits} for bits in (1.0, 2.807, 4.7)]
 AT_ENTROPY: Cells = [{"strings.alphabet_size": size, "strings.entropy_bits": 1.0} for size in (2, 26)]
@@ -195,11 +238,24 @@ DATASETS: Cells = [
     for arm in ({}, {"training.epochs": LAST * 4 // count}, {"strings.length": 256 // count})
 ]
 FAMILIES: Cells = [{"model.family": family} for family in ("pythia", "gpt2")]
+SEQUENCES: Cells = [{"strings.num_strings": 8, "curriculum.weights": weights} for weights in ("carried", "base")]
+REVISITS: Cells = [
+    *({"strings.num_strings": 4, "curriculum.revisits": (stage,)} for stage in (0, 2)),
+    {"strings.num_strings": 5, "curriculum.revisits": ()},
+]
+TRANSFER: Cells = [
+    {"strings.num_strings": 4} | curriculum
+    for curriculum in (
+        {"curriculum.unrepeated": ()},
+        {"curriculum.unrepeated": (0, 1, 2)},
+        {"curriculum.other": {"stages": (0, 1, 2), "alphabet": "latin_upper"}},
+    )
+]
 
 
 @dataclass(frozen=True)
 class Planting:
-    """A study, and what has to be in its results for each verdict."""
+    """A study, and what has to be in its results for each verdict; for all rows, or those on what is named."""
 
     claim: str
     cells: Cells
@@ -207,6 +263,7 @@ class Planting:
     contradicted: Plant
     noise: Plant
     num_findings: int = 1
+    what: str = ""
 
 
 def values(key: str, supported: float, contradicted: float, noise: float, spread: float) -> tuple[Plant, Plant, Plant]:
@@ -220,6 +277,12 @@ def values(key: str, supported: float, contradicted: float, noise: float, spread
 
 def moved(level: Callable[[TrialSpec], float], supported: float, contradicted: float) -> tuple[Plant, Plant, Plant]:
     return speeds(level, supported), speeds(level, contradicted), speeds(level, 0.0, spread=0.6)
+
+
+def moved_by_stage(
+    level: Callable[[TrialSpec, int], float], supported: float, contradicted: float
+) -> tuple[Plant, Plant, Plant]:
+    return stage_speeds(level, supported), stage_speeds(level, contradicted), stage_speeds(level, 0.0, spread=0.6)
 
 
 PLANTINGS = [
@@ -248,6 +311,12 @@ PLANTINGS = [
     Planting("A16", PROCEDURES, *moved(by_entropy_and_procedure, 0.7, 0.0)),
     # In steps T rises fourfold where in epochs it stays: half of that is noise to both.
     Planting("A17", DATASETS, *moved(by_num_strings, 0.7, -2.5)[:2], speeds(by_num_strings, -0.7, 1.0), num_findings=6),
+    Planting("B1", SEQUENCES, *moved_by_stage(by_strings_before, -0.7, 0.7), num_findings=2),
+    Planting("B2", SEQUENCES, *values("sequence/forgetting", 0.6, -0.6, 0.1, 0.3)),
+    Planting("B3", SEQUENCES, fitted(-40.0, 5.0), fitted(40.0, 5.0), fitted(-10.0, 40.0), what="power"),
+    Planting("B4", SEQUENCES, *values("sequence/oldest_beyond_heldout_bits", 0.02, -0.6, 0.1, 0.4)),
+    Planting("B5", REVISITS, *moved_by_stage(by_relearning, -0.7, 0.7), num_findings=2),
+    Planting("B6", TRANSFER, *moved_by_stage(by_memorising, -0.7, 0.7), num_findings=2),
 ]  # fmt: skip
 
 
@@ -266,6 +335,7 @@ def findings(planting: Planting, plant: Plant, seed: int = 0) -> list[Finding]:
     frame = planted(sweep, lambda trial: plant(trial, float(rng.normal())))
     # Nothing is planted between the rates of one procedure.
     found = [each for each in judge(sweep, frame) if each.claim in claims]
+    found = [each for each in found if planting.what in each.evidence.what]
     return [each for each in found if not each.evidence.where.startswith("learning_rate")]
 
 
@@ -295,7 +365,9 @@ def test_noise_is_undecided(planting: Planting):
 
 def test_every_claim_is_planted():
     planted_ids = {planting.claim.partition(" ")[0] for planting in PLANTINGS}
-    assert planted_ids == {claim.id for claim in CLAIMS} == {f"A{number}" for number in range(1, 18)}
+    about = {"A": 17, "B": 6}
+    numbered = {f"{letter}{number + 1}" for letter, count in about.items() for number in range(count)}
+    assert planted_ids == {claim.id for claim in CLAIMS} == numbered
 
 
 # --- the rule ------------------------------------------------------------------------------------------------------

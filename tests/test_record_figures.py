@@ -57,6 +57,9 @@ class PlantedRecords:
     def context(self) -> pa.Table:
         return pa.table({}) if self._context is None else self._context
 
+    def matrix(self) -> pa.Table:
+        return pa.table({})
+
 
 def changed(changes: dict[str, Any]) -> TrialSpec:
     (trial,) = Sweep([vary(BASE, changes)]).trials

@@ -4,11 +4,15 @@ Everything in this package reads a sweep and the frame of its results (one row a
 single trials (`records`), and knows neither where these were kept nor how they were computed. The unit is the
 replicate. A level that was never reached is censored, which is not a missing value: it counts as later than every
 number, and is shown as beyond the last epoch that was looked at.
+
+A trial with a curriculum has a row at the end of each stage, about that stage's own strings. Whatever speaks of a
+trial by one number speaks of its last such stage, with epochs counted within it, and has to say so.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +29,9 @@ from memray.sweep import Sweep
 
 SPEED = "phase/epochs_to_robust_50"
 SEEDS = ("string_seed", "model_seed", "order_seed")
+PER_STAGE = "curriculum.strings_per_stage"
+# What is said of a table or a trend where trials have a curriculum.
+OF_LAST_STAGE = "of a curriculum, all is of the last stage that measured its own strings, with epochs counted within it"
 
 
 @dataclass(frozen=True)
@@ -33,9 +40,9 @@ class Cell:
 
     Attributes:
         trials: The cell's trials, which differ in seeds alone.
-        last: The last epoch of each replicate with results, in the order of the trials, and `is_defined`: whether
-            the robust measure was defined at any epoch. Where it never was (a string of one symbol), the phases are
-            not late but undefined.
+        last: The last epoch of each replicate with results, in the order of the trials, of a curriculum that of its
+            last stage (see `of_last_stage`); and `is_defined`: whether the robust measure was defined at any epoch.
+            Where it never was (a string of one symbol), the phases are not late but undefined.
     """
 
     trials: tuple[TrialSpec, ...]
@@ -98,7 +105,7 @@ class Centre:
 
 def cells_of(sweep: Sweep, frame: pd.DataFrame) -> dict[str, Cell]:
     """The cells of a sweep by id, in its order, also those without any result."""
-    ordered = frame.sort_values("epoch", kind="stable")
+    ordered = of_last_stage(frame).sort_values("epoch", kind="stable")
     last = ordered.groupby("trial_id").tail(1).set_index("trial_id")
     robust = pd.Series(column(ordered, "recall/robust"), index=ordered["trial_id"])
     last = last.assign(is_defined=robust.notna().groupby(level=0).any())
@@ -107,6 +114,41 @@ def cells_of(sweep: Sweep, frame: pd.DataFrame) -> dict[str, Cell]:
         present = [trial.trial_id() for trial in trials if trial.trial_id() in last.index]
         cells[cell_id] = Cell(trials, last.loc[present])
     return cells
+
+
+def stage_ends(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a trial and stage: its end, with `epoch` counted from the stage's beginning.
+
+    A trial without a curriculum is one stage, numbered 0, that ends with its last epoch.
+    """
+    rows = frame.assign(stage=np.nan_to_num(column(frame, "stage")).astype(int))
+    ends = rows.sort_values("epoch", kind="stable").groupby(["trial_id", "stage"], sort=False).tail(1)
+    return ends.assign(epoch=ends["epoch"] - ends.groupby("trial_id")["epoch"].shift(fill_value=0))
+
+
+def of_last_stage(frame: pd.DataFrame) -> pd.DataFrame:
+    """The same rows, but of trials of several stages only the end of the last one that measured its own strings.
+
+    An unrepeated stage has no strings of its own. Without this, what the last stage never reached would be read off
+    an earlier one.
+    """
+    staged = {*frame.loc[column(frame, "stage") > 0, "trial_id"]}
+    if not staged:
+        return frame
+    is_staged = frame["trial_id"].isin([*staged]).to_numpy()
+    last = measured_ends(frame.loc[is_staged]).groupby("trial_id", sort=False).tail(1)
+    return last if is_staged.all() else pd.concat([frame.loc[~is_staged], last])
+
+
+def measured_ends(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of `stage_ends`, those of stages that measured their own strings."""
+    ends = stage_ends(frame)
+    return ends.loc[ends.filter(regex="^recall/").notna().any(axis=1)]
+
+
+def has_curriculum(sweep: Sweep) -> bool:
+    """Whether any trial of the sweep trains strings one after another."""
+    return any(trial.curriculum is not None for trial in sweep.trials)
 
 
 def column(rows: pd.DataFrame, key: str) -> Float[ndarray, " rows"]:
@@ -118,9 +160,11 @@ def spec_values(trial: TrialSpec) -> dict[str, Any]:
     """The flattened spec as it was written, seeds apart.
 
     `params()` states the nominal entropy of a uniform source, which follows from its alphabet: two uniform alphabets
-    differ in one field, not in two. Here a uniform source has the entropy None.
+    differ in one field, not in two. Here a uniform source has the entropy None. Nor is the number of stages written,
+    which follows from the strings.
     """
     values: dict[str, Any] = {**trial.params()}
+    del values["curriculum.num_stages"]
     if trial.strings.entropy_bits is None and trial.strings.kind != "text":  # a text has no entropy that is known
         values["strings.entropy_bits"] = None
     return {name: value for name, value in values.items() if name not in SEEDS}
@@ -130,11 +174,14 @@ def factors(sweep: Sweep) -> tuple[str, ...]:
     """The fields, seeds apart, that the study moves.
 
     A field that no trial sets is none, though it may differ: a learning rate that the family table fills in comes
-    with the family.
+    with the family. A curriculum of defaults beside trials without one moves a field all the same.
     """
     values = [spec_values(trial) for trial in sweep.trials]
     differing = [name for name in values[0] if len({each[name] for each in values}) > 1]
-    return tuple(name for name in differing if any(_is_set(trial, name) for trial in sweep.trials))
+    moved = [name for name in differing if any(_is_set(trial, name) for trial in sweep.trials)]
+    if PER_STAGE in differing and not any(name.startswith("curriculum.") for name in moved):
+        moved.append(PER_STAGE)
+    return tuple(moved)
 
 
 def is_number(value: Any) -> bool:
@@ -146,7 +193,25 @@ def value_text(value: Any) -> str:
     """A value of `spec_values` for people."""
     if value is None:
         return "uniform"  # the entropy alone can be None there
+    if isinstance(value, str) and re.fullmatch(r"\d+(,\d+)+", value):
+        return _ranges([*map(int, value.split(","))])
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Integers, three and more that follow each other as a range.
+
+    Example:
+        >>> _ranges([0, 1, 2, 3, 7, 8])
+        '0–3, 7, 8'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def interval_text(counts: Sequence[int]) -> str:

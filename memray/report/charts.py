@@ -69,8 +69,8 @@ class Trace:
         name: In the legend; empty: it has no entry there.
         x: Numbers, or names of categories.
         y: As many numbers.
-        low: The lower edge of the band around a line; empty: it has none.
-        high: The upper one.
+        low: The lower edge of the band around a line, or the lower ends of the bars of points alone; empty: none.
+        high: The upper ones.
         style: How it looks.
         hover: What to say of each point, instead of its numbers.
     """
@@ -116,7 +116,7 @@ class HeatMap:
     """A figure of shares in [0, 1], from dark to light, by row and column.
 
     Attributes:
-        hover: What to say of each place.
+        hover: What to say of each place; empty: its row, column and value.
     """
 
     name: str
@@ -136,3 +136,12 @@ class HeatMap:
 
 
 Figure = Chart | HeatMap
+
+
+def numbered(figures: Sequence[Figure]) -> list[Figure]:
+    """The same with names of their own."""
+    names = [each.name for each in figures]
+    return [
+        replace(each, name=f"{each.name}-{names[: index + 1].count(each.name)}") if names.count(each.name) > 1 else each
+        for index, each in enumerate(figures)
+    ]

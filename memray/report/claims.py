@@ -1,16 +1,16 @@
 """The claims that a study is judged on: supported, contradicted or undecided, from its own data.
 
-The rule. The unit is the string. The effect is that of the last level on the first (or of a single cell on itself),
-with the 95 % interval of `effects`: of two levels Hodges and Lehmann's shift, of logarithms where a claim is relative,
-with replicates that were never reached as the latest; of one cell the mean. Where levels were followed for different
-numbers of epochs, what lies beyond the shortest horizon counts as never reached in all of them. The p-value of an
-effect is the smallest alpha at which the 1 - alpha interval lies beyond the smallest effect of interest, so that Holm's
-adjustment over the table takes each interval at its own level. Where a claim is that something moves with an ordered
-factor, and this has more than two levels, Jonckheere and Terpstra's test over all of them must show the same direction:
-the larger p-value counts. A row is *supported* where the adjusted p-value on the claimed side is at most 0.05,
-*contradicted* where that on the other side is, else *undecided*, as is every row with fewer than five replicates a
-level, which takes no part in Holm's adjustment. Of the replicates that would decide it, the table says how many more
-than chance would need at a power of 80 %, if the effect stayed what it is.
+The rule. The unit is the string, or the sequence of strings. The effect is that of the last level on the first (or of a
+single cell on itself), with the 95 % interval of `effects`: of two levels Hodges and Lehmann's shift, of logarithms
+where a claim is relative, with replicates that were never reached as the latest; of one cell the mean. Where levels
+were followed for different numbers of epochs, what lies beyond the shortest horizon counts as never reached in all of
+them. The p-value of an effect is the smallest alpha at which the 1 - alpha interval lies beyond the smallest effect of
+interest, so that Holm's adjustment over the table takes each interval at its own level. Where a claim is that something
+moves with an ordered factor, and this has more than two levels, Jonckheere and Terpstra's test over all of them must
+show the same direction: the larger p-value counts. A row is *supported* where the adjusted p-value on the claimed side
+is at most 0.05, *contradicted* where that on the other side is, else *undecided*, as is every row with fewer than five
+replicates a level, which takes no part in Holm's adjustment. Of the replicates that would decide it, the table says how
+many more than chance would need at a power of 80 %, if the effect stayed what it is.
 """
 
 from __future__ import annotations
@@ -52,6 +52,16 @@ from memray.report.replicates import (
     plateau,
     seen_cells,
 )
+from memray.report.sequence_estimands import (
+    BEYOND_HELDOUT,
+    FORGETTING,
+    at_end_of_each,
+    carried_against_fresh_weights,
+    memorising_against_fresh_strings,
+    over_stages,
+    retention_curves,
+    savings_on_relearning,
+)
 from memray.sweep import Sweep
 
 LEVEL = 0.95
@@ -79,6 +89,8 @@ class Claim:
         direction: What is claimed of the effect.
         smallest: The smallest effect of interest, at least 0.
         unit: Of the effect; "relative" is a change as a share of the first level.
+        is_of_sequences: Whether it is about strings that are trained one after another. It sees the cells that have a
+            curriculum, and all other claims see the rest.
     """
 
     id: str
@@ -90,6 +102,7 @@ class Claim:
     direction: Direction
     smallest: float
     unit: str
+    is_of_sequences: bool = False
 
     @property
     def is_relative(self) -> bool:
@@ -225,6 +238,46 @@ CLAIMS = (
         "horizon among them",
         direction="rises", smallest=0.10, unit="relative",
     ),
+    Claim(
+        id="B1", sentence="Later strings are memorised faster.", source=RANDOM_STRINGS, studies=("sequential",),
+        estimand=together(over_stages, carried_against_fresh_weights), is_of_sequences=True,
+        measured=f"{SPEED_TEXT} from the first stage to the last ones, of several stages their median; and from fresh "
+        "weights to those that the stages before have left, for the same strings",
+        direction="falls", smallest=0.10, unit="relative",
+    ),
+    Claim(
+        id="B2", sentence="Earlier strings are forgotten.", source=RANDOM_STRINGS,
+        studies=("sequential", "forgetting"), estimand=at_end_of_each(FORGETTING), is_of_sequences=True,
+        measured="robust recall of each string at the end of its stage less that at the end of the last one, mean over "
+        "the strings of earlier stages",
+        direction="rises", smallest=0.1, unit="of 1",
+    ),
+    Claim(
+        id="B3", sentence="Recall is forgotten along one curve: linear, exponential, a power or saturating.",
+        source="a next check of " + RANDOM_STRINGS, studies=("forgetting",), estimand=retention_curves,
+        measured="AIC of the curve that is named, over the age in optimiser steps, less the least of the other curves",
+        direction="falls", smallest=10.0, unit="of AIC", is_of_sequences=True,
+    ),
+    Claim(
+        id="B4", sentence="Forgotten strings fall to the level of held-out ones.",
+        source="a follow-up of " + RANDOM_STRINGS, studies=("forgetting",), estimand=at_end_of_each(BEYOND_HELDOUT),
+        measured="loss on the older half of the earlier strings less that on held-out ones, after the last stage",
+        direction="stays", smallest=0.1, unit="bits a token", is_of_sequences=True,
+    ),
+    Claim(
+        id="B5", sentence="Relearning a string is faster than learning a new one.",
+        source="this project", studies=("relearning",), estimand=savings_on_relearning,
+        measured=f"savings: 1 less {SPEED} of a stage that is visited again as a share of that of a new one in its "
+        "place, after the same strings",
+        direction="rises", smallest=0.1, unit="of 1", is_of_sequences=True,
+    ),
+    Claim(
+        id="B6", sentence="Acceleration needs strings that were memorised, not merely their alphabet.",
+        source="mechanism 3 of " + RANDOM_STRINGS, studies=("transfer",), estimand=memorising_against_fresh_strings,
+        measured=f"{SPEED_TEXT} in the last stage, from stages of fresh strings that never came again to as many "
+        "steps on strings that were memorised",
+        direction="falls", smallest=0.10, unit="relative", is_of_sequences=True,
+    ),
 )  # fmt: skip
 
 
@@ -273,7 +326,9 @@ def judge(sweep: Sweep, frame: pd.DataFrame) -> list[Finding]:
     found = [
         _look(claim, evidence)
         for claim in claims or CLAIMS
-        for evidence in claim.estimand(cells)
+        for evidence in claim.estimand(
+            [cell for cell in cells if (cell.spec.curriculum is not None) == claim.is_of_sequences]
+        )
         if claims or len(evidence.levels) > 1
     ]
     adjusted = holm(np.array([min(each.p_values) for each in found], dtype=np.float64))

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure as Canvas
+from numpy import ndarray
 from plotly.utils import PlotlyJSONEncoder
 
 from memray.report.charts import Chart, Figure, HeatMap, Trace
@@ -56,7 +58,7 @@ def to_script(figures: Sequence[Figure]) -> str:
 def _plot(chart: Chart) -> go.Figure:
     drawn = go.Figure()
     for trace in chart.traces:
-        if len(trace.low):
+        if len(trace.low) and trace.style.dash:
             _add_band(drawn, trace)
         drawn.add_trace(_scatter(trace))
     x_axis, y_axis = (
@@ -111,11 +113,24 @@ def _scatter(trace: Trace) -> go.Scatter:
         mode="+".join(modes),
         line={"color": style.colour, "dash": style.dash or "solid", "width": 2},
         marker=marker,
+        error_y=None if style.dash or not len(trace.low) else _bars(trace),
         cliponaxis=False if not style.dash else None,
         text=list(trace.hover) or None,
         hovertemplate="%{text}<extra></extra>" if len(trace.hover) else None,
         hoverinfo="skip" if not trace.name and not len(trace.hover) and style.dash else None,
     )
+
+
+def _bars(trace: Trace) -> dict[str, Any]:
+    above, below = ([_rounded(reach) for reach in each] for each in _reach(trace))
+    look = {"color": trace.style.colour, "thickness": 1.2, "width": 3}
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, **look}
+
+
+def _reach(trace: Trace) -> tuple[Float[ndarray, " points"], Float[ndarray, " points"]]:
+    """How far the bars of points reach upwards and downwards."""
+    y = np.asarray(trace.y, dtype=np.float64)
+    return np.asarray(trace.high) - y, y - np.asarray(trace.low)
 
 
 def _add_band(drawn: go.Figure, trace: Trace) -> None:
@@ -134,7 +149,7 @@ def _heat(figure: HeatMap) -> go.Figure:
             x=list(figure.x),
             y=list(figure.y),
             text=[list(row) for row in figure.hover] or None,
-            hovertemplate="%{text}<extra></extra>" if len(figure.hover) else None,
+            hovertemplate=("%{text}" if len(figure.hover) else _place(figure)) + "<extra></extra>",
             colorscale="Viridis",
             zmin=0,
             zmax=1,
@@ -148,6 +163,10 @@ def _heat(figure: HeatMap) -> go.Figure:
         yaxis={"title": {"text": figure.y_title, "standoff": 8}, "autorange": "reversed", **axes},
     )
     return drawn
+
+
+def _place(figure: HeatMap) -> str:
+    return f"{figure.y_title} %{{y}}<br>{figure.x_title} %{{x}}<br>{figure.value_title}: %{{z}}"
 
 
 def _categories(chart: Chart) -> list[str]:
@@ -183,8 +202,10 @@ def _draw_chart(axes: Axes, chart: Chart) -> None:
     for trace in chart.traces:
         style = trace.style
         x = [categories.index(str(each)) for each in trace.x] if categories else [*trace.x]
-        if len(trace.low):
+        if len(trace.low) and style.dash:
             axes.fill_between(x, trace.low, trace.high, color=style.colour, alpha=0.17, lw=0)
+        elif len(trace.low):
+            axes.errorbar(x, trace.y, yerr=_reach(trace)[::-1], fmt="none", ecolor=style.colour, elinewidth=1.0)
         axes.plot(
             x, trace.y, color=style.colour, ls=DASHES.get(style.dash, "none"), lw=1.7,
             marker=MARKERS.get(style.marker.removesuffix("-open"), ""), ms=0.6 * style.size,

@@ -165,6 +165,8 @@ class Mean:
 
     @property
     def estimate(self) -> float:
+        if not len(self.values):
+            return math.nan
         return float(np.mean(self.values) if np.isfinite(self.values).all() else np.median(self.values))
 
     @property

@@ -75,7 +75,7 @@ Estimand = Callable[[Sequence[Seen]], list[Evidence]]
 Values = Float[ndarray, " _"]
 
 
-def _between(levels: Sequence[tuple[str, Values]], *, where: str, what: str = "") -> list[Evidence]:
+def between(levels: Sequence[tuple[str, Values]], *, where: str, what: str = "") -> list[Evidence]:
     """The evidence of the levels that have values, if there are two."""
     present = [(name, values) for name, values in levels if len(values)]
     if len(present) < 2:
@@ -84,7 +84,7 @@ def _between(levels: Sequence[tuple[str, Values]], *, where: str, what: str = ""
     return [Evidence(where=where, levels=names, values=values, what=what)]
 
 
-def _within(cell: Seen, quantity: Quantity, *, where: str, what: str = "") -> list[Evidence]:
+def within(cell: Seen, quantity: Quantity, *, where: str, what: str = "") -> list[Evidence]:
     """The evidence of a cell, if the quantity is defined there."""
     values = cell.values(quantity)
     return [Evidence(where=where, levels=("effect",), values=(values,), what=what)] if len(values) else []
@@ -99,7 +99,7 @@ def in_each_cell(quantity: Quantity, what: str = "") -> Estimand:
     """The quantity itself, cell by cell."""
 
     def estimand(cells: Sequence[Seen]) -> list[Evidence]:
-        return [each for cell in cells for each in _within(cell, quantity, where=cell.where(), what=what)]
+        return [each for cell in cells for each in within(cell, quantity, where=cell.where(), what=what)]
 
     return estimand
 
@@ -123,7 +123,7 @@ def over(factor: str, quantity: Quantity = speed, *, what: str = "", kinds: Sequ
             comparable = up_to_common_horizon(group, quantity)
             levels = {float(cell.params[factor]): cell.values(comparable) for cell in group}
             named = [(value_text(level), levels[level]) for level in sorted(levels)]
-            found += _between(named, where=group[0].where((factor,)), what=what)
+            found += between(named, where=group[0].where((factor,)), what=what)
         return found
 
     return estimand
@@ -139,7 +139,7 @@ def over_alphabets_at_entropy(cells: Sequence[Seen]) -> list[Evidence]:
         comparable = up_to_common_horizon(group, speed)
         levels = {int(cell.params[ALPHABET_SIZE]): cell.values(comparable) for cell in group}
         named = [(str(level), levels[level]) for level in sorted(levels)]
-        found += _between(named, where=_at_entropy(group))
+        found += between(named, where=_at_entropy(group))
     return found
 
 
@@ -152,7 +152,7 @@ def over_compressibility(cells: Sequence[Seen]) -> list[Evidence]:
         ordered = sorted(group, key=lambda cell: cell.median(zlib_bits))
         comparable = up_to_common_horizon(group, speed)
         named = [(f"{cell.median(zlib_bits):.3g} zlib bits", cell.values(comparable)) for cell in ordered]
-        found += _between(named, where=_at_entropy(group))
+        found += between(named, where=_at_entropy(group))
     return found
 
 
@@ -200,7 +200,7 @@ def pretrained_and_untrained(cells: Sequence[Seen]) -> list[Evidence]:
         if training(ordered[0]) == (False, 0) < training(ordered[-1]):
             comparable = up_to_common_horizon((ordered[-1], ordered[0]), speed)
             named = [("pre-trained", ordered[-1].values(comparable)), ("untrained", ordered[0].values(comparable))]
-            found += _between(named, where=group[0].where(moved))
+            found += between(named, where=group[0].where(moved))
     return found
 
 
@@ -254,7 +254,7 @@ def short_prefix_against_full(cells: Sequence[Seen]) -> list[Evidence]:
         k = short_prefix(local_lengths(cell.columns, "source"), cell.spec.strings.length)
         if k is not None:
             quantity = difference(local_key(k, "source"), local_key("full", "source"))
-            found += _within(cell, quantity, where=cell.where(), what=f"k = {k} less full")
+            found += within(cell, quantity, where=cell.where(), what=f"k = {k} less full")
     return found
 
 
@@ -267,7 +267,7 @@ def source_against_foreign(cells: Sequence[Seen]) -> list[Evidence]:
             k = small_prefix(sorted(both), cell.spec.strings.length)
             if k is not None:
                 quantity = difference(local_key(k, "source"), local_key(k, foreign))
-                found += _within(cell, quantity, where=cell.where(), what=f"k = {k}, source less {foreign}")
+                found += within(cell, quantity, where=cell.where(), what=f"k = {k}, source less {foreign}")
     return found
 
 
@@ -297,7 +297,7 @@ def _interactions(cells: Sequence[Seen]) -> list[Evidence]:
             name = part[0].where(moved, unlike=reference)
             other_name = reference.where(moved, unlike=part[0]) or "the first procedure"
             named = [(other_name, _entropy_ratio(parts[0], ends)), (name, _entropy_ratio(part, ends))]
-            found += _between(named, where=name, what=f"against {other_name}")
+            found += between(named, where=name, what=f"against {other_name}")
     return found
 
 
@@ -351,5 +351,5 @@ def over_num_strings(cells: Sequence[Seen]) -> list[Evidence]:
                 levels = {cell.spec.strings.num_strings: cell.values(comparable) for cell in ordered}
                 named = [(str(level), values) for level, values in levels.items()]
                 elsewhere = ordered[0].where((NUM_STRINGS, "training.epochs", "strings.length"))
-                found += _between(named, where=", ".join(filter(None, (arm, elsewhere))), what=f"in {unit}")
+                found += between(named, where=", ".join(filter(None, (arm, elsewhere))), what=f"in {unit}")
     return found

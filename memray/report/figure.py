@@ -58,11 +58,16 @@ class Line:
 def write_sweep_figure(sweep: Sweep, frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Writes the figure of a sweep as `recall.png` into a folder, which is made, and returns its path in a list.
 
+    A curriculum has no course by epoch and no line in it; the list is empty where no other cell has results.
+
     Each line is the median over the replicates of a cell, and as long as its shortest replicate; the band is the
     interval of the median. Baselines: G, what naming the likeliest symbol gets right, and the accuracy on held-out
     strings in the left panels; 0, which no guesser exceeds, in the right ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with_results = set(frame["trial_id"])
+    if not any(trial.curriculum is None and trial.trial_id() in with_results for trial in sweep.trials):
+        return []
     path = folder / "recall.png"
     sweep_figure(sweep, frame).savefig(path, dpi=DPI, facecolor="white")
     return [path]
@@ -72,6 +77,7 @@ def sweep_figure(sweep: Sweep, frame: pd.DataFrame) -> Figure:
     """The figure: token accuracy on the left, robust recall on the right, a row for each level of the field that
     splits a large sweep into readable panels."""
     lines, title = lines_of(sweep, frame)
+    lines = [line for line in lines if line.trials[0].curriculum is None]
     panels = list(dict.fromkeys(line.panel for line in lines)) or [""]
     is_single = len(panels) == 1
     figure = Figure(figsize=(WIDTH_INCHES, 1.9 + (3.1 if is_single else 2.05 * len(panels))))
@@ -296,9 +302,12 @@ def _caption(sweep: Sweep, lines: Sequence[Line], frame: pd.DataFrame) -> str:
         sentences.append(f"Robust recall below {LEAST_ROBUST_SHOWN:g} is off the panel.".replace("-", "−"))
     held = [f"{name} {value_text(value)}" for name, value in _held(sweep)]
     sentences.append(f"All: {', '.join(held)}.")
-    missing = len(sweep.trials) - sum(len(line.trials) for line in lines)
+    planned = sum(trial.curriculum is None for trial in sweep.trials)
+    missing = planned - sum(len(line.trials) for line in lines)
     if missing:
-        sentences.append(f"{missing} of {len(sweep.trials)} trials have no result.")
+        sentences.append(f"{missing} of {planned} trials have no result.")
+    if planned < len(sweep.trials):
+        sentences.append("Cells with a curriculum are not shown.")
     return " ".join(sentences)
 
 

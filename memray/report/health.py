@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from memray.report import column
+from memray.report import column, has_curriculum
 from memray.report.table import SIGNIFICANT, Trend, health_warnings, trends
 from memray.sweep import Sweep
 
@@ -31,6 +31,7 @@ class _Looked(NamedTuple):
     name: str
     key: str
     fine: str
+    by_epoch: bool = False  # a curriculum has no row but the ends of its stages
 
 
 LOOKED = (
@@ -41,27 +42,41 @@ LOOKED = (
     _Looked(
         "Guessing", "string/guesser_accuracy",
         "token accuracy lies below that of the best guesser for five epochs on end at most",
+        by_epoch=True,
     ),
     _Looked(
         "Held-out strings", "guessing/heldout_uncorrected",
         "no memory is shown on strings that were never trained",
     ),
-    _Looked("Ties", "health/tie_rate", "at most 1 % of the predictions of any epoch are ties"),
+    _Looked("Ties", "health/tie_rate", "at most 1 % of the predictions of any epoch in the results are ties"),
 )  # fmt: skip
 
 
 def signs(sweep: Sweep, frame: pd.DataFrame) -> list[Sign]:
     """All signs of failure, in the order in which they are reported."""
     warnings = health_warnings(sweep, frame)
+    whole = [trial.trial_id() for trial in sweep.trials if trial.curriculum is None]
     found = []
     for looked in LOOKED:
+        rows = frame.loc[frame["trial_id"].isin(whole)] if looked.by_epoch else frame
         if looked.name in warnings:
             found.append(Sign(looked.name, "found", warnings[looked.name]))
-        elif np.isnan(column(frame, looked.key)).all():
+        elif len(rows) < len(frame) and not len(rows):
+            found.append(Sign(looked.name, "not measured", "the results of a curriculum are those at its stages' ends"))
+        elif np.isnan(column(rows, looked.key)).all():
             found.append(Sign(looked.name, "not measured", f"no trial has {looked.key}"))
         else:
-            found.append(Sign(looked.name, "fine", looked.fine))
+            found.append(Sign(looked.name, "fine", looked.fine + _aside(sweep, looked)))
     return [*found[:2], _relation_to_entropy(trends(sweep, frame)), *found[2:]]
+
+
+def _aside(sweep: Sweep, looked: _Looked) -> str:
+    """Of which trials of a study with curricula that is not said, or of what in them it is."""
+    if not has_curriculum(sweep):
+        return ""
+    if looked.by_epoch:
+        return "; curricula were not looked at"
+    return "; of a curriculum, in the first stage that measured its own strings" if looked.name == "Plateau" else ""
 
 
 def _relation_to_entropy(found: Sequence[Trend]) -> Sign:

@@ -94,17 +94,21 @@ def _symbols(text: str, length: int) -> list[str]:
     return ["·"] * length
 
 
-def best_recalled(sweep: Sweep, frame: pd.DataFrame) -> TrialSpec:
-    """The trial whose string is recalled best at its last epoch, the first of equals."""
+def best_recalled(sweep: Sweep, frame: pd.DataFrame) -> TrialSpec | None:
+    """The trial whose string is recalled best at its last epoch, the first of equals; None where all have curricula.
+
+    Of a curriculum, the last epoch is about the strings of its last stage, and no string is followed epoch by epoch.
+    """
     ordered = frame.sort_values("epoch", kind="stable").groupby("trial_id").tail(1)
     recalled = dict(zip(ordered["trial_id"], np.nan_to_num(column(ordered, "recall/robust"), nan=-np.inf), strict=True))
-    return max((trial for trial in sweep.trials if trial.trial_id() in recalled), key=lambda t: recalled[t.trial_id()])
+    whole = [trial for trial in sweep.trials if trial.curriculum is None and trial.trial_id() in recalled]
+    return max(whole, key=lambda trial: recalled[trial.trial_id()], default=None)
 
 
 def best_string(sweep: Sweep, frame: pd.DataFrame, records: RecordsOf) -> StringRecord | None:
     """The string that is recalled best; None where its records are not to be had."""
     trial = best_recalled(sweep, frame)
-    return StringRecord.of(trial, records(trial.trial_id()))
+    return StringRecord.of(trial, records(trial.trial_id())) if trial else None
 
 
 def token_map(record: StringRecord) -> HeatMap:

@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from memray.report import SEEDS, SPEED, cells_of, interval_text, value_text
+from memray.report import OF_LAST_STAGE, SEEDS, SPEED, cells_of, has_curriculum, interval_text, value_text
 from memray.report.charts import Figure
 from memray.report.claims import ENOUGH_REPLICATES, Finding, judge
 from memray.report.drawing import to_script, write_png
@@ -25,8 +25,9 @@ from memray.report.health import signs
 from memray.report.one_string import best_string, order_chart, token_map
 from memray.report.rates import best_rates
 from memray.report.records import RecordsOf
+from memray.report.sequence_figures import Fits
 from memray.report.study_figures import study_figures
-from memray.report.table import SHOWN, trends
+from memray.report.table import shown_keys, trends
 from memray.sweep import Sweep
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -39,6 +40,7 @@ def write_report(
     folder: Path,
     *,
     records: RecordsOf | None = None,
+    fits: Fits | None = None,
     provenance: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Writes `report.html` and the figures into a folder, which is made, and returns their paths, the page first.
@@ -46,6 +48,7 @@ def write_report(
     Args:
         frame: The results, as `results` gives them.
         records: Of each trial, for what the results do not hold; without them no figure shows single tokens.
+        fits: Curves of forgetting that were fitted to the recall matrices.
         provenance: What else the numbers stand on, by what it is.
 
     Raises:
@@ -56,7 +59,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):  # an earlier report of the study may have had other figures
         old.unlink()
-    figures = study_figures(sweep, frame, records)
+    figures = study_figures(sweep, frame, records, fits)
     record = best_string(sweep, frame, records) if records else None
     if record is not None and record.guesser is not None and "order/spearman" in frame:
         figures.append(order_chart(record))
@@ -184,9 +187,10 @@ def _table(sweep: Sweep, frame: pd.DataFrame) -> dict[str, Any]:
         censored = int(pd.isna(cell.values(SPEED)).sum())
         row = [value_text(params[name]) for name in names]
         row += [f"{number}" if number == planned else f"{number} of {planned}", f"{censored}"]
-        rows.append(row + [str(cell.centre(key)) for key in SHOWN])
+        rows.append(row + [str(cell.centre(key)) for key in shown_keys(sweep)])
     return {
-        "names": [_breakable(name) for name in (*names, "replicates", "censored", *SHOWN)],
+        "names": [_breakable(name) for name in (*names, "replicates", "censored", *shown_keys(sweep))],
+        "about": f" {OF_LAST_STAGE.capitalize()}." if has_curriculum(sweep) else "",
         "rows": rows,
         "interval": interval_text([len(cell.last) for cell in cells]),
     }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from memray.report import SPEED, Cell, cells_of, factors, spec_values, value_text
+from memray.report import OF_LAST_STAGE, SPEED, Cell, cells_of, factors, spec_values, value_text
 from memray.sweep import Sweep
 
 RATE = "training.learning_rate"
@@ -45,10 +45,11 @@ def _sentence(cells: Sequence[Cell], setting: str) -> str:
     best = min(reached, key=lambda cell: cell.centre(SPEED).numbers[0])
     edges = {_rate(ordered[0]): "lowest", _rate(ordered[-1]): "highest"}
     edge = edges.get(_rate(best))
+    staged = f"; {OF_LAST_STAGE}" if any(cell.spec.curriculum for cell in cells) else ""
     beyond = f"; it is the {edge} that was tried, and a better one may lie beyond" if edge else ""
     return (
         f"best rate of {where}: TrainingSpec(learning_rate={_rate(best):g}) (median epochs to robust 0.5, by rate: "
-        f"{tried}){beyond}"
+        f"{tried}){beyond}{staged}"
     )
 
 

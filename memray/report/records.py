@@ -36,6 +36,10 @@ class Records(Protocol):
         """One row a target, epoch, condition and redraw of the context probe."""
         ...
 
+    def matrix(self) -> pa.Table:
+        """One row a string and look of a curriculum; it has no columns if there are none."""
+        ...
+
 
 # By the trial's id.
 RecordsOf = Callable[[str], Records]

@@ -62,7 +62,7 @@ class Seen:
             value = quantity(trial, rows)
             if not math.isnan(value):
                 values.setdefault(trial.string_seed, []).append(value)
-        return {seed: _median(values[seed]) for seed in sorted(values)}
+        return {seed: late_median(values[seed]) for seed in sorted(values)}
 
     def values(self, quantity: Quantity) -> Float[ndarray, " replicates"]:
         """One value a replicate."""
@@ -91,7 +91,7 @@ class Seen:
     def median(self, quantity: Quantity) -> float:
         """The median over replicates: infinite where it is censored, nan where nothing is defined."""
         values = self.by_string(quantity).values()
-        return _median([*values]) if values else math.nan
+        return late_median([*values]) if values else math.nan
 
 
 def seen_cells(sweep: Sweep, frame: pd.DataFrame) -> list[Seen]:
@@ -123,7 +123,8 @@ def _is_among(name: str, names: Sequence[str]) -> bool:
     return any(name == each or (each.endswith(".") and name.startswith(each)) for each in names)
 
 
-def _median(values: Sequence[float]) -> float:
+def late_median(values: Sequence[float]) -> float:
+    """The median of values of which infinite ones are censored; infinite where it is itself."""
     found = censored_median(np.array([math.nan if math.isinf(value) else value for value in values]))
     return math.inf if math.isnan(found) else found
 

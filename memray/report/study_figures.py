@@ -10,49 +10,55 @@ import numpy as np
 import pandas as pd
 
 from memray.measures.statistics import median_interval
-from memray.report import SPEED, interval_text
-from memray.report.charts import Chart, Figure, HeatMap, Scale, Style, Trace
+from memray.report import OF_LAST_STAGE, SPEED, interval_text, of_last_stage
+from memray.report.charts import Chart, Figure, HeatMap, Scale, Style, Trace, numbered
 from memray.report.figure import LEAST_ROBUST_SHOWN, MAX_LINEAR_RATIO, Line, curves, lines_of
 from memray.report.probe_figures import probe_figures
 from memray.report.record_figures import record_figures
 from memray.report.records import RecordsOf
 from memray.report.replicates import ONSET, Seen, first, last_epoch, onset, seen_cells, speed
+from memray.report.sequence_figures import Fits, drawn_matrices, sequence_figures
 from memray.sweep import Sweep
 
 LN2 = math.log(2.0)
 
 
-def study_figures(sweep: Sweep, frame: pd.DataFrame, records: RecordsOf | None = None) -> list[Figure]:
-    """The figures that a study's columns and records allow, in the order in which they are shown."""
-    lines, factor = lines_of(sweep, frame)
+def study_figures(
+    sweep: Sweep, frame: pd.DataFrame, records: RecordsOf | None = None, fits: Fits | None = None
+) -> list[Figure]:
+    """The figures that a study's columns and records allow, in the order in which they are shown.
+
+    A curriculum has no course by epoch: its rows are the ends of stages, each about other strings. It has figures of
+    its own, and is among others where its last stage stands for it.
+
+    Args:
+        fits: Curves of forgetting that were fitted to the recall matrices.
+    """
+    last = of_last_stage(frame)
+    lines, factor = lines_of(sweep, last)
     legend_title = factor.rpartition(".")[2]
-    panels = {
-        panel: [line for line in lines if line.panel == panel] for panel in dict.fromkeys(each.panel for each in lines)
-    }
-    cells = seen_cells(sweep, frame)
+    whole = _by_panel([line for line in lines if line.trials[0].curriculum is None])
     found: list[Figure] = []
     for curve in CURVES:
-        found += [_curves(curve, panel, own, frame) for panel, own in panels.items()]
-    found[len(panels) : len(panels)] = [
-        _speeds(panel, own, cells, legend_title or "cell") for panel, own in panels.items()
+        found += [_curves(curve, panel, own, frame) for panel, own in whole.items()]
+    ended = seen_cells(sweep, last)
+    found[len(whole) : len(whole)] = [
+        _speeds(panel, own, ended, legend_title or "cell") for panel, own in _by_panel(lines).items()
     ]
     named = [replace(each, legend_title=legend_title) if isinstance(each, Chart) else each for each in found]
+    cells = [cell for cell in seen_cells(sweep, frame) if cell.spec.curriculum is None]
+    staged = sequence_figures(sweep, frame, drawn_matrices(sweep, frame, records) if records else {}, fits)
     by_token = record_figures(cells, records) if records else ()
-    shown = [each for each in (*named, *_onsets(cells), *probe_figures(cells), *by_token) if _shows(each)]
-    return _numbered(shown)
+    shown = [each for each in (*staged, *named, *_onsets(cells), *probe_figures(cells), *by_token) if _shows(each)]
+    return numbered(shown)
+
+
+def _by_panel(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    return {panel: [line for line in lines if line.panel == panel] for panel in dict.fromkeys(x.panel for x in lines)}
 
 
 def _shows(figure: Figure) -> bool:
     return isinstance(figure, HeatMap) or any(len(trace.x) for trace in figure.traces)
-
-
-def _numbered(figures: Sequence[Figure]) -> list[Figure]:
-    """The same with names of their own."""
-    names = [each.name for each in figures]
-    return [
-        replace(each, name=f"{each.name}-{names[: index + 1].count(each.name)}") if names.count(each.name) > 1 else each
-        for index, each in enumerate(figures)
-    ]
 
 
 # --- by epoch ------------------------------------------------------------------------------------------------------
@@ -173,17 +179,23 @@ def _held_out_trace(line: Line, values: pd.DataFrame) -> Trace:
 
 
 def _speeds(panel: str, lines: Sequence[Line], cells: Sequence[Seen], x_title: str) -> Chart:
-    """T by cell: a point a replicate, a stroke for the median, an arrow above the axis for what never came."""
+    """T by cell: a point a replicate, a stroke for the median, an arrow above the axis for what never came.
+
+    Of a curriculum, that of its last stage.
+    """
     by_trial = {trial.trial_id(): cell for cell in cells for trial, _ in cell.rows}
     seen = [(line, by_trial[line.trials[0].trial_id()]) for line in lines]
     reached = [value for _, cell in seen for value in cell.values(speed) if math.isfinite(value)]
     top = max([*reached, *(last_epoch(rows) for _, cell in seen for _, rows in cell.rows)])
+    has_stages = any(cell.spec.curriculum is not None for _, cell in seen)
+    title = "Epochs to half of robust recall" + (" in the last stage" if has_stages else "")
     return Chart(
         name="speed",
-        title="Epochs to half of robust recall" + (f", {panel}" if panel else ""),
+        title=title + (f", {panel}" if panel else ""),
         x_title=x_title,
         y_title=SPEED,
-        caption="A point a replicate; strokes: medians; arrows above: replicates that never came to it.",
+        caption="A point a replicate; strokes: medians; arrows above: replicates that never came to it."
+        + (f" {OF_LAST_STAGE.capitalize()}." if has_stages else ""),
         traces=tuple(trace for line, cell in seen for trace in _speed_traces(line, cell, above=1.08 * top)),
         x_scale="category",
         y_range=(0.0, 1.14 * top),

@@ -17,14 +17,17 @@ from rich.text import Text
 
 from memray.measures.statistics import holm, jonckheere_terpstra
 from memray.report import (
+    OF_LAST_STAGE,
     SEEDS,
     SPEED,
     Cell,
     cells_of,
     column,
     factors,
+    has_curriculum,
     interval_text,
     is_number,
+    measured_ends,
     spec_values,
     value_text,
 )
@@ -33,6 +36,8 @@ from memray.spec import TrialSpec
 from memray.sweep import Sweep
 
 SHOWN = (SPEED, "phase/memorisation", "recall/robust", "recall/token_accuracy")
+# Beside them, where strings were trained one after another.
+SHOWN_OF_SEQUENCES = ("sequence/recall_seen", "sequence/forgetting")
 
 SIGNIFICANT = 0.05
 # With fewer a level, a trend is shown with a reservation (protocol, section 3).
@@ -52,6 +57,11 @@ def result_table(sweep: Sweep, frame: pd.DataFrame) -> list[RenderableType]:
     return [_table(sweep, frame), *sentences, *warnings]
 
 
+def shown_keys(sweep: Sweep) -> tuple[str, ...]:
+    """The measures that the table shows of a sweep."""
+    return SHOWN + SHOWN_OF_SEQUENCES if has_curriculum(sweep) else SHOWN
+
+
 def cell_table(sweep: Sweep, frame: pd.DataFrame) -> pd.DataFrame:
     """One row a cell, in the sweep's order, by cell id.
 
@@ -59,7 +69,8 @@ def cell_table(sweep: Sweep, frame: pd.DataFrame) -> pd.DataFrame:
     `phase/epochs_to_robust_50`), and the median over replicates of that, of the onset of memorisation, and of the
     recall at the last epoch, each with the ends of its interval as `<key>/low` and `<key>/high` (see
     `median_interval`). A censored median is nan, a censored end infinite; what no replicate defines is nan in all
-    three.
+    three. Of a curriculum all is of its last stage (see `of_last_stage`), and recall of all strings trained so far
+    and forgetting stand beside it.
     """
     names = _varying(sweep)
     rows = {}
@@ -67,7 +78,7 @@ def cell_table(sweep: Sweep, frame: pd.DataFrame) -> pd.DataFrame:
         params = cell.spec.params()
         row: dict[str, Any] = {name: params[name] for name in names}
         row |= {"replicates": len(cell.last), "censored": _num_censored(cell)}
-        for key in SHOWN:
+        for key in shown_keys(sweep):
             row |= dict(zip((key, f"{key}/low", f"{key}/high"), cell.centre(key).numbers, strict=True))
         rows[cell_id] = row
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("cell_id")
@@ -84,19 +95,21 @@ def _table(sweep: Sweep, frame: pd.DataFrame) -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    for name in (*names, "replicates", "censored", *SHOWN):
+    for name in (*names, "replicates", "censored", *shown_keys(sweep)):
         # Folded, never cut: an interval without its end would be another interval.
         table.add_column(Text(_broken(name)), justify="right", overflow="fold")
     for cell in cells:
         params, number, planned = cell.spec.params(), len(cell.last), len(cell.trials)
         row = [value_text(params[name]) for name in names]
         row += [f"{number}" if number == planned else f"{number} of {planned}", f"{_num_censored(cell)}"]
-        row += [str(cell.centre(key)) for key in SHOWN]
+        row += [str(cell.centre(key)) for key in shown_keys(sweep)]
         table.add_row(*map(Text, row))
     interval = interval_text([len(cell.last) for cell in cells])
     caption = f"Medians over replicates{f' [{interval}]' if interval else ''}; recall is that of the last epoch."
     if any(_num_censored(cell) for cell in cells):
         caption += " Censored: never reached; counted as the latest, and shown as > the last epoch."
+    if has_curriculum(sweep):
+        caption += f" {OF_LAST_STAGE.capitalize()}."
     table.caption = Text(caption)
     return table
 
@@ -199,6 +212,10 @@ def _groups(cells: Iterable[Cell], factor: str) -> list[tuple[dict[str, Any], di
     return [(dict(held), dict(sorted(levels.items()))) for held, levels in groups.items() if len(levels) > 1]
 
 
+def _last_stages(cells: Sequence[Cell]) -> list[str]:
+    return [OF_LAST_STAGE] if any(cell.spec.curriculum for cell in cells) else []
+
+
 def _trend(factor: str, levels: Mapping[float, Sequence[Cell]], held: Mapping[str, Any]) -> Trend:
     values = [np.concatenate([cell.values(SPEED) for cell in cells]) for cells in levels.values()]
     sizes = [len(each) for each in values]
@@ -215,7 +232,7 @@ def _trend(factor: str, levels: Mapping[float, Sequence[Cell]], held: Mapping[st
         num_pairs=(sum(sizes) ** 2 - sum(size**2 for size in sizes)) // 2,
         p_value=test.p_value,
         adjusted_p_value=math.nan,
-        notes=tuple(_few_replicates(sizes) + _censoring(cells) + _companions(factor, cells)),
+        notes=tuple(_few_replicates(sizes) + _censoring(cells) + _companions(factor, cells) + _last_stages(cells)),
     )
 
 
@@ -251,14 +268,22 @@ def _companions(factor: str, cells: Sequence[Cell]) -> list[str]:
 
 
 def health_warnings(sweep: Sweep, frame: pd.DataFrame) -> dict[str, str]:
-    """A sentence for each sign of failure that the data show, by the sign's name (protocol, section 3, health)."""
+    """A sentence for each sign of failure that the data show, by the sign's name (protocol, section 3, health).
+
+    Of a curriculum, the phases are those of its first stage, where a model meets the source for the first time; and
+    how long its accuracy lies below guessing is not known, for it has no row but the ends of its stages.
+    """
     rows_of = {
         trial_id: rows.sort_values("epoch", kind="stable") for trial_id, rows in frame.groupby("trial_id", sort=False)
     }
     trials = {trial.trial_id(): trial for trial in sweep.trials if trial.trial_id() in rows_of}
     rows = {trial_id: rows_of[trial_id] for trial_id in trials}
     ties = {trial_id: float(np.fmax.reduce(column(each, "health/tie_rate"))) for trial_id, each in rows.items()}
-    below = {trial_id: float(epochs_below_guessing(trial, rows[trial_id])) for trial_id, trial in trials.items()}
+    below = {
+        trial_id: float(epochs_below_guessing(trial, rows[trial_id]))
+        for trial_id, trial in trials.items()
+        if trial.curriculum is None
+    }
     leaked = {trial_id: last_value(each, "guessing/heldout_uncorrected") for trial_id, each in rows.items()}
     signs = {
         "Ties": _sign(ties, MAX_TIE_RATE, "tie rate above 1 %, and a tie counts as wrong", "{:.1%}"),
@@ -269,11 +294,12 @@ def health_warnings(sweep: Sweep, frame: pd.DataFrame) -> dict[str, str]:
             leaked, MAX_HELDOUT_MEMORY, "memory shown on held-out strings at the end (a leak?)", "{:.3f} of 1"
         ),
     }
-    overlapping = sum(_phases_overlap(each) for each in rows.values())
+    overlapping = sum(_phases_overlap(_first_phases(each)) for each in rows.values())
     if overlapping:
+        first = ", in the first stage that measured its own strings" if has_curriculum(sweep) else ""
         signs["Plateau"] = (
-            f"no plateau between guessing and memorisation in {overlapping} of {len(rows)} trials (overlapping phases: "
-            "phase/plateau is missing or at most 0)"
+            f"no plateau between guessing and memorisation in {overlapping} of {len(rows)} trials{first} (overlapping "
+            "phases: phase/plateau is missing or at most 0)"
         )
     return {name: sign for name, sign in signs.items() if sign}
 
@@ -305,6 +331,11 @@ def epochs_below_guessing(trial: TrialSpec, rows: pd.DataFrame) -> int:
         current = current + 1 if accuracy < least else 0
         longest = max(longest, current)
     return longest
+
+
+def _first_phases(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a trial without a curriculum; of one with stages the end of the first that measured its strings."""
+    return measured_ends(rows).head(1) if (column(rows, "stage") > 0).any() else rows
 
 
 def _phases_overlap(rows: pd.DataFrame) -> bool:
