@@ -6,7 +6,7 @@ model of this size can hold them: what is lost in sequence and held together was
 
 Reads: arXiv 2407.19262, which memorises up to ten strings in sequence.
 
-Cost: at tiny scale 5 trials a seed, some ten seconds each on one core (`plan` states it); at paper scale the sequences
+Cost: at tiny scale 6 trials a seed, some ten seconds each on one core (`plan` states it); at paper scale the sequences
 of a 1B model are 1,000 steps each.
 """
 

@@ -98,7 +98,7 @@ def test_the_tiny_scale_runs_on_a_laptop(path: Path) -> None:
     for trial in load(path, scale="tiny").trials:
         assert (trial.model.size, trial.model.path, trial.compute.accelerator) == ("tiny", None, "cpu")
         assert trial.strings.num_strings * trial.strings.length <= 4096
-        assert trial.num_epochs <= 1000
+        assert trial.num_epochs <= (3000 if trial.curriculum else 1000)  # of all stages together
         assert cost(trial).peak_gib < 2
         assert cost(trial).seconds < 600
 

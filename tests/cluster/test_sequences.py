@@ -72,6 +72,8 @@ def probe_actors() -> set[int]:
     return {pid for pid, title in titles.items() if title.startswith("ray::_ProbeActor")}
 
 
+@pytest.mark.fault
+@pytest.mark.timeout(900)
 def test_a_sequence_whose_actor_probe_actor_and_driver_are_killed_ends_bit_identical(study_folder: StudyFolder) -> None:
     foreign = probe_actors()
     process = study_folder.start("run", "--probe-actors", "1")
