@@ -29,7 +29,7 @@ def check(sweep: Sweep) -> list[str]:
         model = trial.model.model_copy(update={"pretrained": False, "lora": None, "dropout": 0.0})
         key = (model, trial.strings.alphabet, trial.strings.alphabet_size)
         if trial.strings.kind == "text":
-            key = (model, trial.strings, trial.probes.num_held_out)
+            key = (model, trial.strings, trial.probes)
         try:
             check_fits(trial)
             _check_files(trial)

@@ -150,6 +150,22 @@ def test_a_plan_says_what_is_left_out_of_a_text(tmp_path: Path, monkeypatch: pyt
     assert f"200 of the 1000 tokens of {tmp_path / 'text'} are special or unknown to pythia tiny" in done.stderr
 
 
+def test_a_text_too_short_for_the_context_probe_of_one_cell_dies_in_plan(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("abcdefgh" * 40)  # five strings of 64
+    body = (
+        "def sweep(*, scale='tiny', seeds=1):\n"
+        f"    strings = StringsSpec(kind='text', path={str(tmp_path / 'text')!r}, length=64)\n"
+        "    base = TrialSpec(strings=strings, probes=ProbesSpec(num_held_out=1))\n"
+        "    probed = {'training.learning_rate': 1e-4, 'probes.context': ContextSpec()}\n"
+        "    return Sweep(vary(base, changes) for changes in ({}, probed))\n"
+    )
+    path = study(tmp_path, HEAD + body)
+    done = run("plan", path, "--storage", str(tmp_path))
+    assert done.exit_code == 2
+    assert "1 of 2 trials of study cannot run" in done.stderr
+    assert "at least 448 tokens, 64 for each of 7 trained and held-out strings" in done.stderr
+
+
 def test_all_invalid_cells_are_reported_together(tmp_path: Path) -> None:
     path = study(tmp_path, HEAD + (
         "def sweep(*, scale='tiny', seeds=1):\n"

@@ -32,8 +32,9 @@ def default_tracking_uri(storage: str) -> str:
         return uri
     if "://" in storage:
         raise ValueError(
-            f"SQLite needs a local folder, but the storage is {storage}; name a tracking server with --tracking-uri or "
-            "MLFLOW_TRACKING_URI"
+            # Not all of it: it may carry a password.
+            f"SQLite needs a local folder, but the storage is a URI ({storage.partition('://')[0]}://…); name a "
+            "tracking server with --tracking-uri or MLFLOW_TRACKING_URI"
         )
     return f"sqlite:///{Path(storage).absolute() / 'mlflow.db'}"
 

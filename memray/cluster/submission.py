@@ -56,8 +56,9 @@ def places(storage: str | None, tracking_uri: str | None) -> dict[str, str]:
     if tracking_uri is None:
         if "://" in storage:
             raise ValueError(
-                f"SQLite needs a local folder, but the storage is {storage}; name a tracking server with "
-                f"--tracking-uri, MLFLOW_TRACKING_URI or {ENVIRONMENT}"
+                # Not all of it: it may carry a password.
+                f"SQLite needs a local folder, but the storage is a URI ({storage.partition('://')[0]}://…); name a "
+                f"tracking server with --tracking-uri, MLFLOW_TRACKING_URI or {ENVIRONMENT}"
             )
         return {"--storage": storage}
     scheme, _, path = tracking_uri.partition(":///")

@@ -52,10 +52,15 @@ def sweep(*, scale: Scale = "tiny", seeds: int = 2, alphabet_sizes: tuple[int, .
 
 @dataclass
 class StudyFolder:
-    """A folder with a study and a storage, and the command line run in it."""
+    """A folder with a study and a storage, and the command line run in it.
+
+    Attributes:
+        uri: A storage elsewhere, in place of the folder's own.
+    """
 
     folder: Path
     study: str = "small.py"
+    uri: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -67,7 +72,7 @@ class StudyFolder:
         return self.storage / "mlflow.db"
 
     def command(self, verb: str, *arguments: str) -> list[str]:
-        storage = [] if verb == "trial" else ["--storage", str(self.storage)]
+        storage = [] if verb == "trial" else ["--storage", self.uri or str(self.storage)]
         return [sys.executable, "-m", "memray", verb, self.study, *arguments, *storage]
 
     def options(self) -> dict:

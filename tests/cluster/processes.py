@@ -79,9 +79,11 @@ def steps_engine(job: Steps) -> Any:
 
 def run_whole(job: Whole, rank: int) -> str:
     from memray.cluster.engine import DeepSpeedEngine
+    from memray.cluster.probing import SnapshotProber
     from memray.cluster.recorder import Recorder
     from memray.trial import run_trial
 
+    prober = SnapshotProber(job.spec.model_dump_json()) if job.spec.probes.context else None
     recorder = Recorder(job.spec, job.writer, job.checkpoint, is_main=rank == 0)
     kept, keep = [0], recorder.keep
 
@@ -93,7 +95,7 @@ def run_whole(job: Whole, rank: int) -> str:
 
     recorder.keep = keep_and_leave  # type: ignore[method-assign]
     try:
-        recorder.record(run_trial(job.spec, make_engine=DeepSpeedEngine, keeper=recorder))
+        recorder.record(run_trial(job.spec, make_engine=DeepSpeedEngine, prober=prober, keeper=recorder))
     except Interrupted:
         return "interrupted"
     except ValueError as error:

@@ -3,20 +3,26 @@
 Two processes run all jobs of this module, because starting them takes longer than most jobs.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from memray.cluster.engine import check_pickle
 from memray.cluster.ledger import Ledger
 from memray.cluster.probing import linear_of
 from memray.finetune import TorchEngine, as_tensor, lower_weights
+from memray.measurement import read_context
+from memray.measures.prefix import ContextScores
 from memray.models import load_model
+from memray.probes import ContextSpec
 from memray.scoring import score
 from memray.spec import ComputeSpec, LoraSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
+from memray.trial import look_at_context, prepare
 
 from .processes import UNIFORM, Steps, Whole, batch_of, run
 
@@ -78,6 +84,16 @@ def alone(job: Steps) -> dict[str, Any]:
     return job.run(TorchEngine(model, UNIFORM, job.spec.training, torch.device("cpu"), precision=precision))
 
 
+def model_of(spec: TrialSpec, snapshot: Mapping[str, np.ndarray]) -> nn.Module:
+    """A plain model with the weights of a snapshot."""
+    model = load_model(spec.model, seed=2).eval()
+    if spec.compute.precision == "bf16":
+        lower_weights(model)
+    dtypes = {name: weight.dtype for name, weight in model.state_dict().items()}
+    model.load_state_dict({name: as_tensor(array, dtypes[name]) for name, array in snapshot.items()})
+    return model
+
+
 @pytest.mark.parametrize("name", [name for name in JOBS if "bf16" not in name])
 def test_every_stage_follows_the_engine_of_one_device(results: dict[str, Any], name: str) -> None:
     theirs = alone(JOBS[name])
@@ -104,11 +120,7 @@ def test_the_same_weights_give_the_same_scores_to_the_last_bit(results: dict[str
 @pytest.mark.parametrize("name", [*(f"equal-{stage}" for stage in STAGES), "bf16-0", "bf16-2", "bf16-3"])
 def test_a_snapshot_gives_the_scores_of_its_engine_again_to_the_last_bit(results: dict[str, Any], name: str) -> None:
     job, result = JOBS[name], results[name]
-    model = load_model(job.spec.model, seed=2).eval()
-    if job.spec.compute.precision == "bf16":
-        lower_weights(model)
-    dtypes = {name: weight.dtype for name, weight in model.state_dict().items()}
-    model.load_state_dict({name: as_tensor(array, dtypes[name]) for name, array in result["snapshot"].items()})
+    model = model_of(job.spec, result["snapshot"])
     with linear_of(job.spec, torch.device("cpu")):
         assert score(model, batch_of(EQUAL), UNIFORM).is_identical_to(result["after"])
 
@@ -125,11 +137,21 @@ def test_two_workers_that_share_nothing_but_memory_count_a_string_once(results: 
 RESUMED = {f"fp32-{stage}": spec_of(stage, num_strings=2, epochs=5) for stage in STAGES}
 RESUMED |= {f"bf16-{stage}": spec_of(stage, num_strings=2, epochs=5, compute={"precision": "bf16"}) for stage in (0, 3)}
 RESUMED["several steps-2"] = spec_of(2, num_strings=4, epochs=5, strings_per_step=2)
+# Those whose context is probed too: with shards, with several steps an epoch, with weights that were rounded.
+PROBED = ("fp32-3", "several steps-2", "bf16-0")
+# A look of every kind: a trunk, branches behind one, prompts, windows.
+CONTEXT = ContextSpec(
+    epochs=(2,), keep=("local", "remote"), replacements=("source", "shuffled"), lengths=(3,), redraws=1, num_strings=1,
+    num_positions=3, extractable=(4,),
+)  # fmt: skip
 
 
-def resumable(spec: TrialSpec) -> TrialSpec:
+def resumable(name: str) -> TrialSpec:
+    spec = RESUMED[name]
+    probes = ProbesSpec(epochs=(0, 2), num_held_out=2, context=CONTEXT if name in PROBED else None)
+    training = spec.training.model_copy(update={"keep_weights": "probe_epochs" if name in PROBED else "none"})
     compute = spec.compute.model_copy(update={"checkpoint_s": 0.0})
-    return spec.model_copy(update={"probes": ProbesSpec(epochs=(0, 2), num_held_out=2), "compute": compute})
+    return spec.model_copy(update={"probes": probes, "training": training, "compute": compute})
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +160,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("resumed")
     whole, left = Ledger(str(folder / "whole"), "sweep"), Ledger(str(folder / "left"), "sweep")
     # Stage 3 last, as above.
-    specs = {name: resumable(RESUMED[name]) for name in sorted(RESUMED, key=lambda name: name[-1])}
+    specs = {name: resumable(name) for name in sorted(RESUMED, key=lambda name: name[-1])}
 
     def claimed(ledger: Ledger, name: str) -> Any:
         return ledger.trial(specs[name].trial_id()).claim(specs[name].canonical_json(), "launch").elsewhere()
@@ -164,6 +186,28 @@ def test_a_stage_resumes_bit_identical_in_processes_of_its_own(resumed: dict[str
     assert one.measurements_sha256 == other.measurements_sha256
     assert (one.attempt, one.summary["resumed_from_epoch"]) == (2, 3)
     assert resumed["left"].trial(trial_id).verify() == []
+
+
+@pytest.mark.parametrize("name", PROBED)
+def test_the_main_process_sees_the_context_as_a_plain_one_does_to_the_last_bit(
+    resumed: dict[str, Any], name: str
+) -> None:
+    spec = resumed["specs"][name]
+    folder, material = resumed["left"].trial(spec.trial_id()), prepare(spec)
+    found, kept = read_context(folder.context(), folder.strings(), CONTEXT), folder.kept_weights()
+    assert [*found] == [2, 5]
+    torch.set_num_threads(1)
+    for epoch, seen in found.items():
+        model = model_of(spec, folder.read_weights(kept[epoch]))
+        with linear_of(spec, torch.device("cpu")):
+            expected = look_at_context(spec, material, model)
+        assert seen.keys() == expected.keys() == {"trained", "held_out"}
+        for role, scores in expected.items():
+            assert bits(seen[role]) == bits(scores), (epoch, role)
+
+
+def bits(scores: ContextScores) -> dict[str, bytes]:
+    return {name: getattr(scores, name).tobytes() for name in (*ContextScores.COLUMNS, "extractable")}
 
 
 class Harmful:

@@ -32,7 +32,8 @@ def project(tmp_path: Path) -> Path:
     shutil.copy(ROOT / ".rayignore", folder)
     (folder / "sweeps").mkdir()
     (folder / "sweeps" / "small.py").write_text(STUDY)
-    for left in (".venv/lib", ".git/objects", "build", "runs/small", "mlruns", "docs", "tests", "memray.egg-info"):
+    gathered = (".venv/lib", ".git/objects", "build", "runs/small", "report/small", "mlruns", "docs", "tests")
+    for left in (*gathered, "memray.egg-info"):
         (folder / left).mkdir(parents=True)
         (folder / left / "large").write_bytes(os.urandom(1_000_000))
     for cache in (".pytest_cache", ".hypothesis", ".ruff_cache", ".import_linter_cache", "memray/__pycache__"):
@@ -224,7 +225,10 @@ def test_a_job_runs_the_uploaded_project_and_keeps_nothing_in_it(head: Head, pro
 REFUSED = {
     "no storage": ([], "a job's storage must be absolute, but none is set"),
     "a relative storage": (["--storage", "runs"], "a job's storage must be absolute, but it is 'runs'"),
-    "a bucket without a tracking server": (["--storage", "s3://bucket/runs"], "name a tracking server"),
+    "a bucket without a tracking server": (
+        ["--storage", "s3://key:password@bucket/runs"],
+        "the storage is a URI (s3://…); name a tracking server",
+    ),
     "a relative database": (
         ["--storage", "/shared/runs", "--tracking-uri", "sqlite:///runs/mlflow.db"],
         "must be absolute, but it is sqlite:///runs/mlflow.db",

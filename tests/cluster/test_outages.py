@@ -1,5 +1,6 @@
 """What a launch does when a trial, the tracking server, the cluster or the storage fails."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from memray.cluster.audit import remeasured
 from memray.cluster.launch import MAX_FAILURES
 from memray.cluster.ledger import Ledger
 from memray.trial import run_trial
@@ -44,21 +46,30 @@ def test_a_sweep_with_a_failing_trial_finishes_the_others_and_leaves_with_1(tmp_
     assert "planned, but the ledger says failed" in study_folder.run("audit", "-p", "seeds=1", expect=1).stderr
 
 
-def test_pretrained_weights_come_through_the_object_store_with_the_same_bits(tmp_path: Path) -> None:
+def test_pretrained_weights_and_a_text_reach_the_actors_and_give_the_same_bits(tmp_path: Path) -> None:
     from memray.models import character_tokenizer, load_model
     from memray.spec import ModelSpec
 
     load_model(ModelSpec(), seed=11).save_pretrained(tmp_path / "model")
     character_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_text("so that a passage follows on another, and none of them twice. " * 3)
     model = f"ModelSpec(path={str(tmp_path / 'model')!r}, pretrained=True)"
     study = STUDY.replace("TrialSpec(\n", f"TrialSpec(model={model},\n", 1).replace(
         "import Probes", "import ModelSpec, Probes"
     )
+    # The path is relative to the study's folder, in which no actor works.
+    text = "{'strings.kind': 'text', 'strings.path': 'text'} if size == 7 else {'strings.alphabet_size': size}"
+    study = study.replace('{"strings.alphabet_size": size,', f"({text}) | {{")
     study_folder = make_study_folder(tmp_path, study)
     study_folder.run("run", "-p", "seeds=1")
     ledger = Ledger(str(study_folder.storage), "small")
-    for trial in sweep_of(study_folder, seeds=1).trials:
-        assert [each.record() for each in run_trial(trial)] == ledger.trial(trial.trial_id()).measurements()[0]
+    with contextlib.chdir(tmp_path):
+        sweep = sweep_of(study_folder, seeds=1)
+    assert [trial.strings.kind for trial in sweep.trials] == ["iid", "text"]
+    for trial in sweep.trials:
+        folder = ledger.trial(trial.trial_id())
+        assert [each.record() for each in run_trial(trial)] == folder.measurements()[0]
+        assert remeasured(trial, folder) == folder.measurements()[0]
 
 
 @pytest.fixture

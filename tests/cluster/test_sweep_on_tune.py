@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.fs as pa_fs
 import pytest
+from typer.testing import CliRunner
 
+from memray.cli import app
 from memray.cluster.audit import audit
 from memray.cluster.ledger import Ledger
 from memray.cluster.tracking import results
 from memray.trial import run_trial
 
-from .conftest import StudyFolder, attempts_of, client_of, runs_of, sweep_of
+from .conftest import STUDY, StudyFolder, attempts_of, client_of, make_study_folder, runs_of, sweep_of
 
 
 def copy_of(finished: StudyFolder, folder: Path) -> StudyFolder:
@@ -135,6 +138,49 @@ def test_a_new_cell_runs_alone_and_a_new_replicate_replaces_its_cell_run(finishe
     assert len(runs_of(study_folder, "cell")) == 3
     assert len(old_cells - {run.info.run_id for run in runs_of(study_folder, "cell")}) == 1
     assert set(attempts_of(study_folder).values()) == {1}
+
+
+def test_a_report_of_a_bucket_is_written_here_and_put_on_the_sweeps_run(
+    finished: StudyFolder, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = StudyFolder(tmp_path)
+    pa_fs.copy_files(str(finished.storage / "small"), bucket.format("report/small"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    report = ["report", str(finished.folder / finished.study), "--storage", bucket.format("report")]
+    refused = CliRunner().invoke(app, report)
+    assert refused.exit_code == 2
+    assert "SQLite needs a local folder, but the storage is a URI (s3://…)" in refused.stderr
+    done = CliRunner().invoke(app, [*report, "--tracking-uri", f"sqlite:///{here.database}"])
+    assert done.exit_code == 0, done.output
+    assert "lacks the report" not in done.stderr
+    folder = tmp_path / "report" / "small"
+    assert done.stdout.splitlines()[-1] == f"report: {folder / 'report.html'}"
+    assert "4 of 4 finished, in 2 cells" in (folder / "report.html").read_text(encoding="utf-8")
+    (parent,) = runs_of(here, "sweep")
+    logged = Path(client_of(here).download_artifacts(parent.info.run_id, "report"))
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {"report.html", "recall.png"} < written.keys()
+    assert {path.name: path.read_bytes() for path in logged.iterdir()} == written
+
+
+@pytest.mark.fault  # nothing fails, but it takes a launch of its own
+def test_a_text_is_trained_on_into_a_bucket_and_reported(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study_folder = make_study_folder(tmp_path, STUDY.replace("length=24", "kind='text', path='text', length=24"))
+    study_folder.uri, uri = bucket.format("text"), f"sqlite:///{study_folder.database}"
+    (tmp_path / "text").write_text("so that a passage follows on another, and none of them twice. " * 5)
+    options = ["-p", "alphabet_sizes=[26]", "--tracking-uri", uri]  # a text has an alphabet of its own
+    study_folder.run("run", *options)
+    monkeypatch.chdir(tmp_path)
+    assert audit(sweep_of(study_folder, alphabet_sizes=(26,)), Ledger(study_folder.uri, "small"), uri) == []
+    done = CliRunner().invoke(app, ["report", study_folder.study, *options, "--storage", study_folder.uri])
+    assert done.exit_code == 0, done.output
+    (parent,) = runs_of(study_folder, "sweep")
+    logged = {each.path for each in client_of(study_folder).list_artifacts(parent.info.run_id, "report")}
+    assert logged == {f"report/{path.name}" for path in (tmp_path / "report" / "small").iterdir()}
+    assert {"report/report.html", "report/tokens.png"} < logged
 
 
 @pytest.mark.parametrize("what", ["a param", "a metric", "a lost run", "a second run", "the ledger"])
