@@ -19,6 +19,7 @@ from memray.curriculum import BEFORE, Stage
 from memray.measurement import KnownString, Measurement, mean, over_strings
 from memray.measures.phases import string_phases
 from memray.measures.recall import LN2, heldout_floor, measure_strings, robust
+from memray.measures.retention import RetentionCounts, fit_retention, retention_measures
 from memray.scoring import TokenScores
 from memray.spec import TrialSpec
 
@@ -29,6 +30,8 @@ KEPT = (
     "health/tie_rate",
 )  # fmt: skip
 BASE, OTHER = 0, 1
+# Guessing may not be right everywhere: then nothing could be forgotten.
+FLOOR_AT_MOST = 0.999
 
 Block = dict[str, ndarray]
 
@@ -103,6 +106,8 @@ class SequenceMeasurer:
     learned: Learned = field(default_factory=lambda: Learned.none_of(0))
     floors: dict[int, float] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
+    tokens_by_age: dict[int, list[int]] = field(default_factory=dict)
+    floor_accuracies: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.stages = self.spec.stages()
@@ -141,6 +146,10 @@ class SequenceMeasurer:
             strings = self._own(self.stages[stage], rows)
             metrics |= _own_metrics(strings) | self._transfer(rows)
             self._remember(self.stages[stage], rows)
+        if stage != BEFORE:
+            self._count(rows, metrics["guessing/heldout_accuracy"])
+        if stage == len(self.stages) - 1:
+            metrics |= self._retention()
         defined = {key: value for key, value in metrics.items() if math.isfinite(value)}
         num_trained = int(rows["is_own"].sum()) * self.num_targets if stage != BEFORE else 0
         return Measurement(
@@ -180,6 +189,34 @@ class SequenceMeasurer:
         self.learned.stage[strings] = stage.index
         self.learned.step[strings] = rows["step"][last]
         self.learned.recall[strings] = rows["recall/robust"][last]
+
+    def _count(self, rows: Block, heldout_accuracy: float) -> None:
+        """Adds what was recalled at each age, of strings of the trial's own source."""
+        self.floor_accuracies.append(heldout_accuracy)
+        is_ours = ~rows["is_held_out"] & (rows["source"] == BASE)
+        is_learned = is_ours & ~rows["is_own"] & (rows["learned_stage"] > BEFORE)
+        is_just_learned = is_ours & rows["is_own"] & rows["is_end"]
+        ages = np.where(is_just_learned, 0, rows["step"] - rows["learned_step"])
+        right = np.rint(rows["recall/token_accuracy"] * self.num_targets).astype(np.int64)
+        for row in np.flatnonzero(is_learned | is_just_learned):
+            counts = self.tokens_by_age.setdefault(_rounded_age(int(ages[row])), [0, 0])
+            counts[0] += int(right[row])
+            counts[1] += self.num_targets
+
+    def _retention(self) -> dict[str, float]:
+        """How strings were forgotten; nothing where each stage began without a past."""
+        assert self.spec.curriculum is not None
+        if self.spec.curriculum.weights == "base" or not self.tokens_by_age:
+            return {}
+        ages = sorted(self.tokens_by_age)
+        right, total = np.array([self.tokens_by_age[age] for age in ages], dtype=np.int64).T
+        counts = RetentionCounts(np.array(ages), right, total, min(mean(self.floor_accuracies), FLOOR_AT_MOST))
+        return retention_measures(fit_retention(counts))
+
+
+def _rounded_age(steps: int) -> int:
+    """To two digits, so that the ages of a long sequence stay few."""
+    return int(float(f"{steps:.1e}"))
 
 
 def _joined(blocks: Sequence[Block]) -> Block:

@@ -8,6 +8,8 @@ Reads: Ebbinghaus' savings, of which arXiv 2407.19262 does not speak.
 Cost: at tiny scale 5 trials a seed, some ten seconds each on one core (`plan` states it).
 """
 
+from typing import Any
+
 from memray.curriculum import CurriculumSpec
 from memray.spec import ComputeSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.sweep import Scale, Sweep, replicates, vary
@@ -31,6 +33,6 @@ REVISITED = (NUM_STRINGS - 2, NUM_STRINGS - 3, NUM_STRINGS - 5, 0)
 
 def sweep(*, scale: Scale = "tiny", seeds: int = 5) -> Sweep:
     base = PAPER if scale == "paper" else TINY
-    arms: list[dict[str, object]] = [{"strings.num_strings": NUM_STRINGS + 1}]
+    arms: list[dict[str, Any]] = [{"strings.num_strings": NUM_STRINGS + 1}]
     arms += [{"curriculum.revisits": (stage,)} for stage in REVISITED]
     return Sweep(vary(base, arm | seed) for arm in arms for seed in replicates(base, seeds))

@@ -9,6 +9,8 @@ Reads: arXiv 2407.19262, which finds later strings memorised faster; its mechani
 Cost: at tiny scale 5 trials a seed, some ten seconds each on one core (`plan` states it).
 """
 
+from typing import Any
+
 from memray.curriculum import CurriculumSpec
 from memray.spec import ComputeSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.sweep import Scale, Sweep, replicates, vary
@@ -28,7 +30,7 @@ TINY = TrialSpec(
     probes=ProbesSpec(epochs=(1, 3, 10, 30)),
 )
 OTHER = {"curriculum.other": {"stages": BEFORE_LAST, "alphabet": "latin_upper"}}
-ARMS: list[dict[str, object]] = [
+ARMS: list[dict[str, Any]] = [
     {},
     {"curriculum.unrepeated": BEFORE_LAST},
     OTHER,

@@ -16,13 +16,14 @@ from memray.cluster.engine import check_pickle
 from memray.cluster.ledger import Ledger
 from memray.cluster.probing import linear_of
 from memray.finetune import TorchEngine, as_tensor, lower_weights
+from memray.looks import look_at_context
+from memray.material import prepare
 from memray.measurement import read_context
 from memray.measures.prefix import ContextScores
 from memray.models import load_model
 from memray.probes import ContextSpec
 from memray.scoring import score
 from memray.spec import ComputeSpec, LoraSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
-from memray.trial import look_at_context, prepare
 
 from .processes import UNIFORM, Steps, Whole, batch_of, run
 
