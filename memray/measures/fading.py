@@ -79,7 +79,7 @@ class FadingCurve:
 
     def accuracy(self, age: Float[ndarray, " ages"] | Int[ndarray, " ages"]) -> Float[ndarray, " ages"]:
         """Expected share of right tokens at each age, from `floor` to 1."""
-        share = _retained(self.name, age, np.array([self.rate]), np.array([self.asymptote]))[0]
+        share = _retained(self.name, _clock(self.name, age), np.array([self.rate]), np.array([self.asymptote]))[0]
         return self.floor + (self.accuracy_at_zero - self.floor) * share
 
 
@@ -105,7 +105,8 @@ def most_likely(
         floor: Accuracy of guessing, in [0, 1); the curve's own is kept 1e-6 from 0 and 1.
     """
     floor = float(np.clip(floor, SURE, 1.0 - 2.0 * SURE))
-    later = _clock(name, age[age > 0])
+    clock = _clock(name, age)
+    later = clock[age > 0]
     # From nothing forgotten at the oldest age to everything at the youngest.
     edges = np.concatenate([[0.0], 1.0 / later[::-1], [20.0 / later[0]]])
     asymptotes = np.linspace(0.0, 1.0, _POINTS) if name == "saturating" else np.zeros(1)
@@ -115,7 +116,7 @@ def most_likely(
     guess = np.full(len(low), right[0] / total[0])
     while True:
         shapes = low[:, None] + (high - low)[:, None] * grid
-        share = _retained(name, age, shapes[..., 0].ravel(), shapes[..., 1].ravel())
+        share = _retained(name, clock, shapes[..., 0].ravel(), shapes[..., 1].ravel())
         at_zero, log_likelihood = _profile(right, total - right, floor, share, np.repeat(guess, len(grid)))
         log_likelihood = log_likelihood.reshape(len(low), len(grid))
         greatest, hope = log_likelihood.max(axis=1), np.ptp(log_likelihood, axis=1)
@@ -167,11 +168,11 @@ def _profile(
 
 def _retained(
     name: CurveName,
-    age: Float[ndarray, " ages"] | Int[ndarray, " ages"],
+    clock: Float[ndarray, " ages"],
     rate: Float[ndarray, " shapes"],
     asymptote: Float[ndarray, " shapes"],
 ) -> Float[ndarray, "shapes ages"]:
-    decay = rate[:, None] * _clock(name, age)
+    decay = rate[:, None] * clock
     if name == "linear":
         return np.maximum(0.0, 1.0 - decay)
     return asymptote[:, None] + (1.0 - asymptote[:, None]) * np.exp(-decay)
