@@ -249,6 +249,7 @@ TRANSFER: Cells = [
         {"curriculum.unrepeated": ()},
         {"curriculum.unrepeated": (0, 1, 2)},
         {"curriculum.other": {"stages": (0, 1, 2), "alphabet": "latin_upper"}},
+        {"curriculum.other": {"stages": (0, 1, 2), "alphabet": "latin_upper"}, "curriculum.unrepeated": (0, 1, 2)},
     )
 ]
 
@@ -316,7 +317,7 @@ PLANTINGS = [
     Planting("B3", SEQUENCES, fitted(-40.0, 5.0), fitted(40.0, 5.0), fitted(-10.0, 40.0), what="power"),
     Planting("B4", SEQUENCES, *values("sequence/oldest_beyond_heldout_bits", 0.02, -0.6, 0.1, 0.4)),
     Planting("B5", REVISITS, *moved_by_stage(by_relearning, -0.7, 0.7), num_findings=2),
-    Planting("B6", TRANSFER, *moved_by_stage(by_memorising, -0.7, 0.7), num_findings=2),
+    Planting("B6", TRANSFER, *moved_by_stage(by_memorising, -0.7, 0.7), num_findings=3),
 ]  # fmt: skip
 
 

@@ -50,6 +50,8 @@ def test_the_end_of_a_stage_counts_its_own_epochs():
         own = ends.loc[ends["string_seed"] == seed].sort_values(by="stage")
         assert own["epoch"].tolist() == [30, 20, 5 + seed]
         assert own[SPEED].tolist() == [20.0, 9.0, 4.0]
+    shown = stage_ends(frame.loc[frame["stage"] != 0])
+    assert shown.loc[shown["stage"] == 1, "epoch"].tolist() == [25, 25]  # the mean of two stages
     alone = planted(Sweep([TrialSpec()]), lambda trial: {0: {}, 7: {}, 100: {SPEED: 30.0}})
     (end,) = stage_ends(alone).to_dict("records")
     assert (end["stage"], end["epoch"], end[SPEED]) == (0, 100, 30.0)
@@ -216,16 +218,18 @@ def test_transfer_is_told_apart_by_what_was_memorised_before():
         assert trial.curriculum is not None
         if stage < 3:
             return 99.0
-        return 40.0 if trial.curriculum.unrepeated else 30.0 if trial.curriculum.other else 20.0
+        fresh = 50.0 if trial.curriculum.other else 40.0
+        return fresh if trial.curriculum.unrepeated else 30.0 if trial.curriculum.other else 20.0
 
     rows = found(memorising_against_fresh_strings, grid("transfer", TRANSFER, seeds=2), speeds(speed))
     assert [each.what for each in rows] == [
         "memorised before: the same source",
-        "memorised before: another source (alphabet latin_upper, stages 0–2)",
+        "memorised before: alphabet latin_upper; fresh strings of the same source",
+        "memorised before: alphabet latin_upper; fresh strings of that",
     ]
-    for each, memorised in zip(rows, (20.0, 30.0), strict=True):
+    for each, fresh, memorised in zip(rows, (40.0, 40.0, 50.0), (20.0, 30.0, 30.0), strict=True):
         assert each.levels == ("after fresh strings", "after memorising")
-        np.testing.assert_array_equal(each.values, [[40.0, 40.0], [memorised, memorised]])
+        np.testing.assert_array_equal(each.values, [[fresh, fresh], [memorised, memorised]])
 
 
 def test_every_claim_about_sequences_says_so():

@@ -119,11 +119,14 @@ def cells_of(sweep: Sweep, frame: pd.DataFrame) -> dict[str, Cell]:
 def stage_ends(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a trial and stage: its end, with `epoch` counted from the stage's beginning.
 
-    A trial without a curriculum is one stage, numbered 0, that ends with its last epoch.
+    A trial without a curriculum is one stage, numbered 0, that ends with its last epoch. Where stages are left out, of
+    which MLflow holds a part only, those between two rows count as equally long.
     """
     rows = frame.assign(stage=np.nan_to_num(column(frame, "stage")).astype(int))
     ends = rows.sort_values("epoch", kind="stable").groupby(["trial_id", "stage"], sort=False).tail(1)
-    return ends.assign(epoch=ends["epoch"] - ends.groupby("trial_id")["epoch"].shift(fill_value=0))
+    by_trial = ends.groupby("trial_id")
+    epochs = ends["epoch"] - by_trial["epoch"].shift(fill_value=0)
+    return ends.assign(epoch=epochs / (ends["stage"] - by_trial["stage"].shift(fill_value=-1)))
 
 
 def of_last_stage(frame: pd.DataFrame) -> pd.DataFrame:

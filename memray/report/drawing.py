@@ -17,6 +17,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 from numpy import ndarray
 from plotly.utils import PlotlyJSONEncoder
 
@@ -28,6 +29,10 @@ FONT = {"family": "system-ui, sans-serif", "size": 13, "color": "#222222"}
 GRID = "#e6e6e6"
 # Markers that a line shows along its way.
 MARKERS_SHOWN = 9
+# Things along an axis that have a tick each.
+MAX_COUNTED = 12
+# What fits on a line of the legend of a file.
+LEGEND_CHARACTERS = 110
 # matplotlib's names of what plotly calls otherwise.
 MARKERS = {
     "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "x": "X", "cross": "P", "star": "*",
@@ -67,6 +72,8 @@ def _plot(chart: Chart) -> go.Figure:
     )
     if chart.x_scale == "category":
         x_axis |= {"categoryorder": "array", "categoryarray": _categories(chart)}
+    if _counts(chart):
+        x_axis["dtick"] = 1
     if chart.y_range:
         y_axis["range"] = [math.log10(end) if chart.y_scale == "log" else end for end in chart.y_range]
     for axis in (x_axis, y_axis):
@@ -169,6 +176,14 @@ def _place(figure: HeatMap) -> str:
     return f"{figure.y_title} %{{y}}<br>{figure.x_title} %{{x}}<br>{figure.value_title}: %{{z}}"
 
 
+def _counts(chart: Chart) -> bool:
+    """Whether the horizontal axis counts so few things that there is nothing between its ticks."""
+    if chart.x_scale != "linear":
+        return False
+    x = [float(each) for trace in chart.traces for each in trace.x]
+    return all(each.is_integer() for each in x) and max(x, default=0.0) <= MAX_COUNTED
+
+
 def _categories(chart: Chart) -> list[str]:
     return list(dict.fromkeys(str(x) for trace in chart.traces for x in trace.x))
 
@@ -218,12 +233,19 @@ def _draw_chart(axes: Axes, chart: Chart) -> None:
         axes.set_xlim(-0.5, len(categories) - 0.5)
     else:
         axes.set_xscale(chart.x_scale)
+    if _counts(chart):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yscale(chart.y_scale)
     if chart.y_range:
         axes.set_ylim(chart.y_range)
     quieten(axes)
-    if any(trace.name for trace in chart.traces):
-        axes.figure.legend(loc="outside lower center", ncols=4, frameon=False, title=chart.legend_title or None)  # type: ignore[call-arg]
+    if longest := max((len(trace.name) for trace in chart.traces), default=0):
+        axes.figure.legend(
+            loc="outside lower center",
+            ncols=min(4, max(1, LEGEND_CHARACTERS // (longest + 8))),
+            frameon=False,
+            title=chart.legend_title or None,
+        )  # type: ignore[call-arg]
 
 
 def _draw_heat(canvas: Canvas, axes: Axes, figure: HeatMap) -> None:

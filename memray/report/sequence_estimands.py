@@ -221,23 +221,35 @@ def _saved(t_again: float, t_anew: float, t_followed: float) -> float:
 def memorising_against_fresh_strings(cells: Sequence[Seen]) -> list[Evidence]:
     """T of the last stage, from as many steps on strings that never came again to stages that were memorised before.
 
-    A row each for stages of the same source, and of every other one that was memorised in its place.
+    A row each for stages of the same source, and of every other one that was memorised in its place: against fresh
+    strings of the trial's source, and of that other one.
     """
     found = []
     for group in groups(carrying(cells), lambda cell: cell.held((UNREPEATED, OTHER))):
         of_last = [cell for cell in group if _is_plain_at_end(cell)]
-        fresh = [cell for cell in of_last if curriculum_of(cell).other is None and _is_fresh_before(cell)]
+        fresh = [cell for cell in of_last if _is_fresh_before(cell)]
         memorised = [cell for cell in of_last if not curriculum_of(cell).unrepeated]
-        for control in fresh:
-            for cell in memorised:
+        for cell in memorised:
+            own = curriculum_of(cell).other
+            for control in (each for each in fresh if curriculum_of(each).other in (None, own)):
                 ends = last_stage(control), last_stage(cell)
                 comparable = up_to_common_horizon(ends, speed)
                 names = "after fresh strings", "after memorising"
                 levels = [(name, end.values(comparable)) for name, end in zip(names, ends, strict=True)]
-                other = cell.where((UNREPEATED,), unlike=control)
-                what = f"memorised before: another source ({other})" if other else "memorised before: the same source"
-                found += between(levels, where=cell.where((UNREPEATED, OTHER)), what=what)
+                is_matched = curriculum_of(control).other == own
+                found += between(
+                    levels, where=cell.where((UNREPEATED, OTHER)), what=_before(cell, is_matched=is_matched)
+                )
     return found
+
+
+def _before(cell: Seen, *, is_matched: bool) -> str:
+    """What was memorised before, and against fresh strings of what."""
+    other = curriculum_of(cell).other
+    if other is None:
+        return "memorised before: the same source"
+    changes = ", ".join(f"{name} {value}" for name, value in other.changes().items())
+    return f"memorised before: {changes}; fresh strings of {'that' if is_matched else 'the same source'}"
 
 
 def _is_plain_at_end(cell: Seen) -> bool:

@@ -22,7 +22,7 @@ from memray.measures.statistics import median_interval
 from memray.report import SPEED, column, interval_text, stage_ends
 from memray.report.charts import Chart, Figure, HeatMap, Style, Trace, numbered
 from memray.report.drawing import write_png
-from memray.report.figure import LEAST_ROBUST_SHOWN, Line, lines_of
+from memray.report.figure import Line, lines_of
 from memray.report.probe_figures import MAX_CELLS_APART
 from memray.report.records import RecordsOf
 from memray.report.replicates import ONSET, late_median
@@ -126,7 +126,6 @@ class Course:
     y_title: str
     caption: str
     beside: str = ""
-    y_range: tuple[float, float] | None = None
 
 
 EPOCHS = "epochs, from the stage's beginning"
@@ -151,7 +150,7 @@ COURSES = (
     ),
     Course(
         name="seen", title="Recall of all strings trained so far, by stage", of=_measured("sequence/recall_seen"),
-        beside=ROBUST, y_title="robust recall (1 is full)", y_range=(LEAST_ROBUST_SHOWN, 1.04),
+        beside=ROBUST, y_title="robust recall (1 is full)",
         caption="Mean over the strings, at the end of each stage. Hollow points: the stage's own strings alone.",
     ),
     Course(
@@ -187,7 +186,6 @@ def _by_stage(
         traces=tuple(traces),
         legend_title=legend_title,
         x_scale="log" if is_long else "linear",
-        y_range=course.y_range,
     )
 
 
@@ -220,7 +218,8 @@ def _stage_traces(
         style=style,
     )
     late = [place for place, median in medians.items() if math.isinf(median)]
-    yield Trace(name="", x=late, y=[1.05 * longest] * len(late), style=style.points(size=10, marker="triangle-up"))
+    above = (1.05 + 0.03 * line.rank) * longest  # or the arrows of one line would hide those of another
+    yield Trace(name="", x=late, y=[above] * len(late), style=style.points(size=10, marker="triangle-up"))
     if course.beside:
         beside = _of_bins(_measured(course.beside), ends, bins)
         own = [late_median(values.tolist()) for values in beside.values()]
@@ -272,7 +271,7 @@ def _retention(
         traces=tuple(traces),
         legend_title="" if curves else legend_title,
         x_scale="log",
-        y_range=(LEAST_ROBUST_SHOWN, 1.04) if key == ROBUST else (-0.03, 1.04),
+        y_range=(-0.03, 1.04) if key == ACCURACY else None,
     )
 
 
