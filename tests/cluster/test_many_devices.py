@@ -1,5 +1,6 @@
 """Trials of many devices through Ray Train, on a real head node, beside trials of one device and probe actors."""
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from memray.cluster.audit import audit
 from memray.cluster.ledger import Ledger
 from memray.cluster.recorder import Recorder
 from memray.models import character_tokenizer, load_model
@@ -27,20 +29,24 @@ STUDY = '''"""Do one device and many give the same curve?
 Hypothesis: yes.
 """
 
+from memray.probes import ContextSpec
 from memray.spec import ComputeSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.sweep import Sweep, vary
 
+CONTEXT = ContextSpec(epochs=(4,), replacements=("source", "none"), lengths=(3,), redraws=1, extractable=(4,))
 BASE = TrialSpec(
     strings=StringsSpec(length=24, num_strings=2),
-    training=TrainingSpec(epochs=20, strings_per_step=0),
-    probes=ProbesSpec(epochs=(0, 4, 9), num_held_out=2),
+    training=TrainingSpec(epochs=20, strings_per_step=0, keep_weights="probe_epochs"),
+    probes=ProbesSpec(epochs=(0, 4, 9), num_held_out=2, context=CONTEXT),
 )
 SHARDED = {"compute.engine": "deepspeed", "compute.workers": 2}
 BROKEN = None
 
 
-def sweep(*, stages: tuple[int, ...] = (1, 3), checkpoint_s: float = 600, epochs: int = 20) -> Sweep:
-    more = {"compute.checkpoint_s": checkpoint_s, "training.epochs": epochs}
+def sweep(
+    *, stages: tuple[int, ...] = (1, 3), checkpoint_s: float = 600, epochs: int = 20, held_out: int = 2
+) -> Sweep:
+    more = {"compute.checkpoint_s": checkpoint_s, "training.epochs": epochs, "probes.num_held_out": held_out}
     broken = [vary(BASE, SHARDED | {"model.path": BROKEN, "model.pretrained": True})] if BROKEN else []
     return Sweep(
         [vary(BASE, more)] + broken + [vary(BASE, SHARDED | {"compute.zero_stage": stage} | more) for stage in stages]
@@ -51,21 +57,43 @@ def sweep(*, stages: tuple[int, ...] = (1, 3), checkpoint_s: float = 600, epochs
 @pytest.fixture
 def study_folder(tmp_path: Path, head: Head) -> Iterator[StudyFolder]:
     yield make_study_folder(tmp_path, STUDY)
+    wait_until_clean(head)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory, head: Head) -> StudyFolder:
+    """The study as it was run, with an actor that looked at the weights of probe epochs."""
+    made = make_study_folder(tmp_path_factory.mktemp("ran"), STUDY)
+    done = made.run("run", "--address", head.address, "--probe-actors", "1")
+    assert "1 probe actors score snapshots" in done.stdout
+    wait_until_clean(head)
+    return made
+
+
+def wait_until_clean(head: Head) -> None:
+    """Fails if a launch has left something behind on the cluster."""
     deadline = time.monotonic() + 60  # of a killed driver the cluster hears after a while
-    while head.placement_groups() or own_workers():
-        assert time.monotonic() < deadline, (head.placement_groups(), own_workers())
+    while head.placement_groups() or launched(head):
+        assert time.monotonic() < deadline, (head.placement_groups(), launched(head))
         time.sleep(0.5)
 
 
-def ray_workers() -> list[str]:
-    """The titles of Ray's processes of this machine, which say what each is at."""
-    titles = [" ".join(each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])]
-    return [title for title in titles if title.startswith("ray::")]
+def ray_workers(head: Head) -> list[tuple[psutil.Process, str]]:
+    """Ray's processes, with the titles that say what each is at: of this head alone, for a machine may have others."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if title.startswith("ray::"):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any(str(head.folder) in " ".join(parent.cmdline()) for parent in process.parents()):
+                    found.append((process, title))
+    return found
 
 
-def own_workers() -> list[str]:
-    """Processes that a launch started and should not have left."""
-    return [title for title in ray_workers() if title.startswith(("ray::RayTrain", "ray::Implicit", "ray::_Probe"))]
+def launched(head: Head) -> list[str]:
+    """The titles of processes that a launch started and should not have left."""
+    titles = [title for _, title in ray_workers(head)]
+    return [title for title in titles if title.startswith(("ray::RayTrain", "ray::Implicit", "ray::_Probe"))]
 
 
 def nll(folder: StudyFolder, sweep: Sweep) -> dict[tuple[str, int], list[float]]:
@@ -78,25 +106,43 @@ def nll(folder: StudyFolder, sweep: Sweep) -> dict[tuple[str, int], list[float]]
     }
 
 
-def test_trials_of_one_and_of_many_devices_share_a_cluster_and_give_one_curve(
-    study_folder: StudyFolder, head: Head
-) -> None:
-    done = study_folder.run("run", "--address", head.address, "--probe-actors", "1")
-    assert "1 probe actors score snapshots" in done.stdout
-    sweep = load(study_folder.folder / study_folder.study)
-    curves = nll(study_folder, sweep)
+def test_trials_of_one_and_of_many_devices_share_a_cluster_and_give_one_curve(ran: StudyFolder) -> None:
+    sweep = load(ran.folder / ran.study)
+    curves = nll(ran, sweep)
     assert len(curves) == 3
     assert {len(curve) for curve in curves.values()} == {21}
     for curve in curves.values():
         assert curve == pytest.approx(curves["torch", 0], rel=1e-4)
     one = next(trial for trial in sweep.trials if trial.compute.engine == "torch")
-    ledger = Ledger(str(study_folder.storage), "small")
+    ledger = Ledger(str(ran.storage), "small")
     assert [each.record() for each in run_trial(one)] == ledger.trial(one.trial_id()).measurements()[0]
-    assert "0 differences" in study_folder.run("audit").stdout
+    assert "0 differences" in ran.run("audit").stdout
     for trial in sweep.trials:
         finished = ledger.trial(trial.trial_id()).finished()
         assert finished is not None
         assert finished.summary["probe_s"] > 0
+
+
+def test_a_later_look_without_actors_sees_the_same_context_and_many_devices_train_again_for_it(
+    ran: StudyFolder, head: Head
+) -> None:
+    ran.run("probe", "-p", "held_out=3", "-p", "stages=[3]", "--address", head.address, "--probe-actors", "0")
+    wait_until_clean(head)
+    sweep = load(ran.folder / ran.study, held_out=3, stages=(3,))
+    ledger = Ledger(str(ran.storage), "small", probes_ids=sweep.probes_ids())
+    for trial in sweep.trials:
+        first, again = ledger.as_trained(trial.trial_id()), ledger.trial(trial.trial_id())
+        finished = again.finished()
+        assert again.is_added
+        assert finished is not None
+        assert set(first.context()["epoch"].to_pylist()) == {4, 20}
+        assert again.context() == first.context()
+        assert set(again.strings()["string"].to_pylist()) == {0, 1, 2}
+        assert "probe_s" not in finished.summary
+        # Although they kept their weights.
+        assert ("tokens_per_s" in finished.summary) == (trial.compute.engine == "deepspeed")
+        assert first.kept_weights().keys() == {0, 4, 9, 20}
+    assert audit(sweep, ledger, f"sqlite:///{ran.database}") == []
 
 
 def test_a_failing_trial_of_many_devices_leaves_the_cluster_clean(
@@ -146,15 +192,15 @@ def digest_of(ledger: Ledger, spec: TrialSpec) -> str:
     return finished.measurements_sha256
 
 
-def kill(whom: str, trial: TrialSpec, storage: Path, *, attempt: int = 1) -> None:
+def kill(whom: str, trial: TrialSpec, storage: Path, head: Head, *, attempt: int = 1) -> None:
     """Waits until an attempt at a trial has made a checkpoint, and kills a process of it."""
     deadline = time.monotonic() + 150
     while not list(storage.glob(f"small/{trial.trial_id()}/checkpoints/{attempt:04d}-*.json")):
         assert time.monotonic() < deadline, f"attempt {attempt} made no checkpoint"
         time.sleep(0.05)
-    processes = [(each, " ".join(each.info["cmdline"] or [])) for each in psutil.process_iter(["cmdline"])]
-    chosen = [process for process, title in processes if title.startswith(TITLES[whom])]
-    assert chosen, f"{whom} was not met among {ray_workers()}"
+    workers = ray_workers(head)
+    chosen = [process for process, title in workers if title.startswith(TITLES[whom])]
+    assert chosen, f"{whom} was not met among {workers}"
     chosen[-1].kill()
 
 
@@ -171,8 +217,8 @@ def test_a_trial_killed_twice_ends_bit_identical(
     )
     trial = sweep.trials[0 if stage is None else 1]
     process = study_folder.start("run", *options, "--address", head.address)
-    kill("the actor" if stage is None else "a worker", trial, study_folder.storage)
-    kill("the actor", trial, study_folder.storage, attempt=2)
+    kill("the actor" if stage is None else "a worker", trial, study_folder.storage, head)
+    kill("the actor", trial, study_folder.storage, head, attempt=2)
     process.kill()
     process.wait()
     study_folder.run("run", *options, "--address", head.address)
@@ -190,7 +236,7 @@ def test_a_killed_probe_actor_is_replaced_and_its_work_counts_once(
     options = [each for name, value in LONG.items() for each in ("-p", f"{name}={value}")] + ["-p", "stages=[]"]
     process = study_folder.start("run", *options, "--address", head.address, "--probe-actors", "1")
     (trial,) = load(study_folder.folder / "small.py", stages=(), **LONG).trials
-    kill("a probe actor", trial, study_folder.storage)
+    kill("a probe actor", trial, study_folder.storage, head)
     output, _ = process.communicate(timeout=280)
     assert process.returncode == 0, output
     ledger = Ledger(str(study_folder.storage), "small")
