@@ -10,7 +10,7 @@ from memray.sweep import Sweep
 
 
 def replicate(*metrics: dict[str, float]) -> list[dict]:
-    return [{"epoch": epoch, "metrics": each} for epoch, each in enumerate(metrics)]
+    return [{"stage": 0, "epoch": epoch, "metrics": each} for epoch, each in enumerate(metrics)]
 
 
 def test_a_cell_is_the_median_of_its_replicates_with_their_range() -> None:
