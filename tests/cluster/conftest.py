@@ -175,7 +175,7 @@ def local(tmp_path: Path) -> Ledger:
 
 @dataclass(frozen=True)
 class Head:
-    """A Ray head node of four pretended cores, started by hand as on a cluster."""
+    """A Ray head node of five pretended cores, started by hand as on a cluster."""
 
     address: str
     dashboard: str
@@ -197,7 +197,7 @@ def head() -> Iterator[Head]:
     port, dashboard, agent = free_port(), free_port(), free_port()
     before = {each.pid for each in psutil.process_iter()}
     temporary = tempfile.mkdtemp(prefix="memray-ray-")  # Ray's sockets need a short path
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--num-cpus=4", "--disable-usage-stats"]
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--num-cpus=5", "--disable-usage-stats"]
     command += [f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
     # Where another head on this machine has its usual port, the agent that takes jobs goes without, and says nothing.
     command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={free_port()}"]

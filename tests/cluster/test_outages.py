@@ -20,6 +20,7 @@ from ..ports import free_port
 from .conftest import STUDY, StudyFolder, attempts_of, make_study_folder, runs_of, sweep_of
 
 
+@pytest.mark.fault
 def test_a_sweep_with_a_failing_trial_finishes_the_others_and_leaves_with_1(tmp_path: Path) -> None:
     # The directory's tokenizer and config satisfy the plan; its weights are cut off.
     from memray.models import character_tokenizer, load_model
@@ -102,6 +103,7 @@ def server(tmp_path: Path) -> Iterator[str]:
         process.wait()
 
 
+@pytest.mark.fault
 def test_a_server_that_was_away_is_caught_up_with(study_folder: StudyFolder, server: str) -> None:
     away = "http://127.0.0.1:9"
     done = study_folder.run("run", "-p", "seeds=1", "--tracking-uri", away)

@@ -43,14 +43,16 @@ def study_folder(tmp_path: Path) -> StudyFolder:
     return make_study_folder(tmp_path, STUDY)
 
 
-def assert_undisturbed(study_folder: StudyFolder) -> None:
-    """The trial's measurements are those of one process alone, and those of its matrix, and MLflow agrees."""
-    (trial,) = sweep_of(study_folder).trials
-    folder = Ledger(str(study_folder.storage), "small").trial(trial.trial_id())
-    alone = study_folder.run("trial", trial.trial_id()).stdout
-    assert folder.measurements()[0] == [json.loads(line) for line in alone.splitlines()]
-    assert "0 differences" in study_folder.run("audit").stdout
-    assert "1 finished trials measured again, 0 differ" in study_folder.run("remeasure").stdout
+def assert_undisturbed(study_folder: StudyFolder, seeds: int = 1) -> None:
+    """Each trial's measurements are those of one process alone, and those of its matrix, and MLflow agrees."""
+    trials = sweep_of(study_folder, seeds=seeds).trials
+    for trial in trials:
+        folder = Ledger(str(study_folder.storage), "small").trial(trial.trial_id())
+        alone = study_folder.run("trial", trial.trial_id(), "-p", f"seeds={seeds}").stdout
+        assert folder.measurements()[0] == [json.loads(line) for line in alone.splitlines()]
+    assert "0 differences" in study_folder.run("audit", "-p", f"seeds={seeds}").stdout
+    again = study_folder.run("remeasure", "-p", f"seeds={seeds}").stdout
+    assert f"{len(trials)} finished trials measured again, 0 differ" in again
 
 
 def checkpoint(study_folder: StudyFolder) -> tuple[int, int]:
@@ -97,18 +99,19 @@ def test_a_sequence_whose_actor_probe_actor_and_driver_are_killed_ends_bit_ident
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize(("num_actors", "seeds"), [(1, 1), (2, 2), (4, 1)])
 def test_looks_are_shared_out_among_probe_actors_and_training_waits_for_none(
-    study_folder: StudyFolder, number: int, head: Head
+    study_folder: StudyFolder, num_actors: int, seeds: int, head: Head
 ) -> None:
     study = study_folder.folder / study_folder.study
     study.write_text(STUDY.replace("checkpoint_s=0", "checkpoint_s=600").replace("replay_share=0.2", "replay_share=0"))
-    study_folder.run("run", "--probe-actors", str(number), "--address", head.address)
-    assert_undisturbed(study_folder)
-    sweep = sweep_of(study_folder)
-    finished = Ledger(str(study_folder.storage), "small").trial(sweep.trials[0].trial_id()).finished()
-    assert finished is not None
-    looks = finished.summary["probe_looks"]
-    assert sum(looks) == 1 + 12 * 3  # before training; within each stage at two epochs, and at its end
-    assert max(looks) - min(looks) <= 1
-    assert finished.summary["probe_wait_s"] < 0.01 * finished.summary["seconds"] / 12
+    study_folder.run("run", "-p", f"seeds={seeds}", "--probe-actors", str(num_actors), "--address", head.address)
+    assert_undisturbed(study_folder, seeds)
+    for trial in sweep_of(study_folder, seeds=seeds).trials:
+        finished = Ledger(str(study_folder.storage), "small").trial(trial.trial_id()).finished()
+        assert finished is not None
+        looks = finished.summary["probe_looks"]
+        assert len(looks) == num_actors
+        assert sum(looks) == 1 + 12 * 3  # before training; within each stage at two epochs, and at its end
+        assert max(looks) - min(looks) <= 1
+        assert finished.summary["probe_wait_s"] < 0.01 * finished.summary["seconds"] / 12
