@@ -6,7 +6,7 @@ STORAGE ?= runs
 export TOKENIZERS_PARALLELISM = false
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-faults lint bench clean
+.PHONY: demo test test-faults soak lint bench clean
 
 $(VENV)/.installed: pyproject.toml infra/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +31,9 @@ test: $(VENV)/.installed  ## under ten minutes on two cores
 
 test-faults: $(VENV)/.installed  ## kills and outages, under forty minutes
 	$(BIN)/python -m pytest -q -m fault
+
+soak: $(VENV)/.installed  ## what takes long: a thousand strings, killed and resumed
+	$(BIN)/python -m pytest -q -s -m soak
 
 bench: $(VENV)/.installed  ## ratios, on an otherwise idle machine
 	$(BIN)/python tests/bench/bench.py

@@ -106,13 +106,13 @@ class SequenceMeasurer:
     learned: Learned = field(default_factory=lambda: Learned.none_of(0))
     floors: dict[int, float] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
-    tokens_by_age: dict[int, list[int]] = field(default_factory=dict)
-    floor_accuracies: list[float] = field(default_factory=list)
+    forgetting: "Forgetting" = field(default_factory=lambda: Forgetting(0))
 
     def __post_init__(self) -> None:
         self.stages = self.spec.stages()
         self.trial_id = self.spec.trial_id()
         self.learned = Learned.none_of(self.spec.strings.num_strings)
+        self.forgetting = Forgetting(self.spec.num_targets)
 
     def add(self, block: Block) -> None:
         """Takes in one look; looks come in order of time."""
@@ -147,18 +147,14 @@ class SequenceMeasurer:
             metrics |= _own_metrics(strings) | self._transfer(rows)
             self._remember(self.stages[stage], rows)
         if stage != BEFORE:
-            self._count(rows, metrics["guessing/heldout_accuracy"])
+            self.forgetting.add(rows)
         if stage == len(self.stages) - 1:
             metrics |= self._retention()
         defined = {key: value for key, value in metrics.items() if math.isfinite(value)}
-        num_trained = int(rows["is_own"].sum()) * self.num_targets if stage != BEFORE else 0
+        num_trained = int(rows["is_own"].sum()) * self.spec.num_targets if stage != BEFORE else 0
         return Measurement(
             self.trial_id, max(stage, 0), epoch, defined, strings, matrix=pa.table(rows), num_trained=num_trained
         )
-
-    @property
-    def num_targets(self) -> int:
-        return len(self.known[BASE][0].truth.targets)
 
     def _own(self, stage: Stage, rows: Block) -> tuple[dict[str, Any], ...]:
         """What became of the stage's own strings: their measures at its end, and their phases in its epochs."""
@@ -173,7 +169,7 @@ class SequenceMeasurer:
                 {key: history[key] for key in (*KEPT, "recall/robust")},
                 history["stage_epoch"],
                 entropy_bits=known.facts["string/nominal_entropy_bits"],
-                num_targets=self.num_targets,
+                num_targets=self.spec.num_targets,
                 steps_per_epoch=float(self.spec.steps_per_epoch),
             )
             found.append(named | {"text": known.text} | known.facts | measures | phases)
@@ -190,33 +186,50 @@ class SequenceMeasurer:
         self.learned.step[strings] = rows["step"][last]
         self.learned.recall[strings] = rows["recall/robust"][last]
 
-    def _count(self, rows: Block, heldout_accuracy: float) -> None:
-        """Adds what was recalled at each age, of strings of the trial's own source."""
-        self.floor_accuracies.append(heldout_accuracy)
-        is_ours = ~rows["is_held_out"] & (rows["source"] == BASE)
-        is_learned = is_ours & ~rows["is_own"] & (rows["learned_stage"] > BEFORE)
-        is_just_learned = is_ours & rows["is_own"] & rows["is_end"]
-        ages = np.where(is_just_learned, 0, rows["step"] - rows["learned_step"])
-        right = np.rint(rows["recall/token_accuracy"] * self.num_targets).astype(np.int64)
-        for row in np.flatnonzero(is_learned | is_just_learned):
-            counts = self.tokens_by_age.setdefault(_rounded_age(int(ages[row])), [0, 0])
-            counts[0] += int(right[row])
-            counts[1] += self.num_targets
-
     def _retention(self) -> dict[str, float]:
         """How strings were forgotten; nothing where each stage began without a past."""
         assert self.spec.curriculum is not None
-        if self.spec.curriculum.weights == "base" or not self.tokens_by_age:
-            return {}
-        ages = sorted(self.tokens_by_age)
-        right, total = np.array([self.tokens_by_age[age] for age in ages], dtype=np.int64).T
-        counts = RetentionCounts(np.array(ages), right, total, min(mean(self.floor_accuracies), FLOOR_AT_MOST))
-        return retention_measures(fit_retention(counts))
+        counts = self.forgetting.counts() if self.spec.curriculum.weights == "carried" else None
+        return {} if counts is None else retention_measures(fit_retention(counts))
 
 
-def _rounded_age(steps: int) -> int:
-    """To two digits, so that the ages of a long sequence stay few."""
-    return int(float(f"{steps:.1e}"))
+@dataclass
+class Forgetting:
+    """How many tokens are recalled at each age, of the strings of a trial's own source.
+
+    Attributes:
+        num_targets: Scored targets of a string.
+        tokens: Tokens right and all tokens, by age in optimiser steps to two digits, so that those of a long sequence
+            stay few.
+        floors: Accuracies on held-out strings, at the ends of stages.
+    """
+
+    num_targets: int
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    floors: list[float] = field(default_factory=list)
+
+    def add(self, rows: Block) -> None:
+        """Takes in the rows of some stages of a recall matrix."""
+        is_of_trial = (rows["source"] == BASE) & (rows["stage"] > BEFORE)
+        is_floor = is_of_trial & rows["is_held_out"] & rows["is_end"]
+        self.floors.append(mean(rows["recall/token_accuracy"][is_floor]))
+        is_ours = is_of_trial & ~rows["is_held_out"]
+        is_earlier = is_ours & ~rows["is_own"] & (rows["learned_step"] > BEFORE)
+        is_just_learned = is_ours & rows["is_own"] & rows["is_end"]
+        ages = np.where(is_just_learned, 0, rows["step"] - rows["learned_step"])
+        right = np.rint(rows["recall/token_accuracy"] * self.num_targets).astype(np.int64)
+        for row in np.flatnonzero(is_earlier | is_just_learned):
+            counts = self.tokens.setdefault(int(float(f"{ages[row]:.1e}")), [0, 0])
+            counts[0] += int(right[row])
+            counts[1] += self.num_targets
+
+    def counts(self) -> RetentionCounts | None:
+        """All that was taken in; None without a string that was trained, or without one that was held out."""
+        floor, ages = mean(self.floors), sorted(self.tokens)
+        if not ages or math.isnan(floor):
+            return None
+        right, total = np.array([self.tokens[age] for age in ages], dtype=np.int64).T
+        return RetentionCounts(np.array(ages), right, total, min(floor, FLOOR_AT_MOST))
 
 
 def _joined(blocks: Sequence[Block]) -> Block:

@@ -559,6 +559,11 @@ class TrialSpec(Part):
         return self.model.dropout > 0 or (self.model.lora is not None and self.model.lora.dropout > 0)
 
     @property
+    def num_targets(self) -> int:
+        """Scored tokens of a string: without a BOS nothing predicts the first."""
+        return self.strings.length - (not self.model.bos)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps an epoch."""
         return self.strings_together // (self.training.strings_per_step or self.strings_together)

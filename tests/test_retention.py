@@ -18,12 +18,9 @@ from memray.measures.retention import (
     RetentionFit,
     bootstrap_retention,
     fit_retention,
-    forgetting,
     is_identifiable,
     retention_measures,
-    savings,
 )
-from memray.measures.statistics import censored_median
 
 nan, inf = math.nan, math.inf
 
@@ -496,45 +493,3 @@ def test_the_interval_holds_the_half_life_about_as_often_as_stated():
         low, high = bootstrap_retention(drawn_trials(3, rng), rng=rng, resamples=199).half_life_steps
         hits += low <= truth <= high
     assert stats.binomtest(hits, 8, 0.8).pvalue > 0.05
-
-
-# --- sequences ----------------------------------------------------------------------------------------------------
-
-recalls = st.one_of(st.floats(-1.0, 1.0), st.just(nan))
-
-
-@given(st.lists(st.tuples(recalls, recalls), min_size=1, max_size=6))
-def test_forgetting_is_what_is_lost_since_the_end_of_the_stage(pairs):
-    at_end, now = np.array(pairs).T
-    literal = [nan if math.isnan(before) or math.isnan(after) else before - after for before, after in pairs]
-    np.testing.assert_array_equal(forgetting(at_end, now), literal)
-
-
-@pytest.mark.parametrize(
-    ("relearning", "fresh", "saved"),
-    [
-        (0.0, 40.0, 1.0),
-        (10.0, 40.0, 0.75),
-        (40.0, 40.0, 0.0),
-        (80.0, 40.0, -1.0),
-        (nan, 40.0, -inf),
-        (10.0, nan, nan),
-        (nan, nan, nan),
-        (0.0, 0.0, nan),
-        (5.0, 0.0, nan),
-        (nan, 0.0, nan),
-    ],
-)
-def test_savings_are_the_share_of_time_that_is_saved_with_censoring(relearning, fresh, saved):
-    np.testing.assert_equal(savings(np.array([relearning]), np.array([fresh])).item(), saved)
-
-
-def test_savings_do_not_depend_on_the_unit_of_time():
-    relearning, fresh = np.array([3.0, 20.0, nan]), np.array([12.0, 15.0, 9.0])
-    np.testing.assert_allclose(savings(64 * relearning, 64 * fresh), savings(relearning, fresh))
-
-
-def test_the_median_of_savings_with_censored_relearning_is_known_as_long_as_most_were_seen():
-    saved = savings(np.array([10.0, 30.0, nan]), np.array([40.0, 40.0, 40.0]))
-    assert censored_median(saved) == 0.25
-    assert math.isnan(censored_median(savings(np.array([10.0, nan, nan]), np.full(3, 40.0))))

@@ -67,7 +67,7 @@ def matrix(trial: TrialSpec, *, lost: float = 0.5, level: float = 0.0) -> pd.Dat
                 recall = level + (1 - level) * lost ** (stage.index - learned[string])
             learned_step = STEPS * (learned[string] + 1) if learned[string] >= 0 else -1
             rows.append({**place, "string": string, "learned_step": learned_step, "is_own": is_own,
-                         "recall/robust": recall, "recall/token_accuracy": 0.1 + 0.9 * recall})  # fmt: skip
+                         "recall/robust": recall, "recall/token_accuracy": max(0.0, 0.1 + 0.9 * recall)})  # fmt: skip
         rows.append({**place, "string": 0, "is_held_out": True, "learned_step": -1, "is_own": False,
                      "recall/robust": level, "recall/token_accuracy": 0.1})  # fmt: skip
         learned |= dict.fromkeys(stage.strings, stage.index)
@@ -120,7 +120,7 @@ def test_a_curriculum_has_no_course_by_epoch_and_figures_of_its_own():
     sweep, frame = sequences()
     names = [each.name for each in study_figures(sweep, frame, records(sweep))]
     assert names == ["acceleration", "acceleration90", "guessing", "memorising", "seen", "forgetting", "forward",
-                     "retention", "strings", "speed"]  # fmt: skip
+                     "retention", "fits", "strings", "speed"]  # fmt: skip
 
 
 def test_what_has_no_curriculum_beside_it_keeps_its_courses():
@@ -290,16 +290,32 @@ def test_many_ages_are_put_into_bins():
     assert [*points.y] == sorted(points.y, reverse=True)
 
 
-def test_fitted_curves_are_lines_through_the_accuracies_of_their_cell():
+def test_curves_are_fitted_to_the_accuracies_of_a_cell_and_the_caption_says_which_is_best():
+    """What remains halves with each stage of ten steps: an exponential curve, from all tokens right to a tenth."""
     sweep, frame = sequences()
-    carried = sweep.trials[0].cell_id()
-    fits = {carried: {"exponential": ([10.0, 70.0], [0.55, 0.1]), "power": ([10.0, 70.0], [0.5, 0.2])}}
-    found = {each.name: each for each in study_figures(sweep, frame, records(sweep), fits)}
-    points, held_out, *curves = charts(found, "fits").traces
+    points, held_out, *curves = charts(shown(sweep, frame, matrices(sweep)), "fits").traces
     np.testing.assert_allclose(points.y, 0.1 + 0.9 * 0.5 ** np.arange(1, 8))
     np.testing.assert_allclose(held_out.y, [0.1, 0.1])
-    assert [(each.name, [*each.y]) for each in curves] == [("exponential", [0.55, 0.1]), ("power", [0.5, 0.2])]
-    assert len({each.style.dash + each.style.colour for each in curves}) == 2
+    assert [each.name for each in curves] == ["linear", "exponential", "power", "saturating"]
+    exponential = curves[1]
+    np.testing.assert_allclose(exponential.y, 0.1 + 0.9 * 0.5 ** (np.array(exponential.x) / 10), atol=0.01)
+    assert len({each.style.dash + each.style.colour for each in curves}) == 4
+    caption = charts(shown(sweep, frame, matrices(sweep)), "fits").caption
+    assert "The best by AIC is exponential, and half is forgotten after 9.94 steps (95 %: 9.94)" in caption
+    assert "the best of 100 % of resamples" in caption
+
+
+def test_a_half_life_beyond_what_was_looked_at_is_not_named():
+    sweep, frame = sequences()
+    caption = charts(shown(sweep, frame, matrices(sweep, lost=0.95)), "fits").caption
+    assert "half is forgotten beyond 70 steps (95 %: beyond)" in caption
+
+
+def test_where_nothing_is_left_at_the_first_look_no_curve_is_named():
+    sweep, frame = sequences()
+    drawn = charts(shown(sweep, frame, matrices(sweep, lost=0.0)), "fits")
+    assert [each.name for each in drawn.traces] == ["measured", ""]
+    assert "No curve is identifiable" in drawn.caption
 
 
 # --- string by string ----------------------------------------------------------------------------------------------

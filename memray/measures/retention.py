@@ -249,45 +249,5 @@ def bootstrap_retention(
     return RetentionBootstrap(interval, shares)
 
 
-def forgetting(
-    recall_at_stage_end: Float[ndarray, " strings"], recall_now: Float[ndarray, " strings"]
-) -> Float[ndarray, " strings"]:
-    """Recall that each string has lost since the end of its own stage: F = R_end - R_now.
-
-    Args:
-        recall_at_stage_end: Any measure of recall, in its own unit.
-        recall_now: The same measure later.
-
-    Returns:
-        Loss in the unit of the measure, negative where a string is recalled better than then; nan where either is.
-    """
-    return recall_at_stage_end - recall_now
-
-
-def savings(relearning: Float[ndarray, " pairs"], fresh: Float[ndarray, " pairs"]) -> Float[ndarray, " pairs"]:
-    """Share of the training time that a forgotten string saves when it is learned again: 1 - T_relearn / T_fresh.
-
-    Both times must be looked at over the same horizon. Then a relearning that outlasted it took longer than a fresh
-    string that did not: its savings are negative by an unknown amount and stand below every number, as a censored
-    time stands behind every number. A fresh string that outlasted it leaves the savings above
-    1 - T_relearn / horizon by an unknown amount: right-censored, nan.
-
-    Args:
-        relearning: Time to the criterion of each forgotten string; nan where it is censored.
-        fresh: The same of a new string from the same weights, in the same unit.
-
-    Returns:
-        At most 1; 0 where nothing is saved, negative where relearning takes longer, -infinity where it alone is
-        censored (a median may hold it, a mean must not); nan where `fresh` or both are censored, or `fresh` is 0.
-
-    Example:
-        >>> savings(np.array([10.0, 40.0, np.nan]), np.array([40.0, 20.0, 20.0])).tolist()
-        [0.75, -1.0, -inf]
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        saved = 1.0 - np.where(np.isnan(relearning), np.inf, relearning) / fresh
-    return np.where(fresh > 0.0, saved, np.nan)
-
-
 def _log_likelihood(counts: RetentionCounts, accuracy: Float[ndarray, " ages"]) -> float:
     return float(np.sum(stats.binom.logpmf(counts.right, counts.total, accuracy)))

@@ -25,7 +25,6 @@ from memray.report.health import signs
 from memray.report.one_string import best_string, order_chart, token_map
 from memray.report.rates import best_rates
 from memray.report.records import RecordsOf
-from memray.report.sequence_figures import Fits
 from memray.report.study_figures import study_figures
 from memray.report.table import shown_keys, trends
 from memray.sweep import Sweep
@@ -40,7 +39,6 @@ def write_report(
     folder: Path,
     *,
     records: RecordsOf | None = None,
-    fits: Fits | None = None,
     provenance: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Writes `report.html` and the figures into a folder, which is made, and returns their paths, the page first.
@@ -48,7 +46,6 @@ def write_report(
     Args:
         frame: The results, as `results` gives them.
         records: Of each trial, for what the results do not hold; without them no figure shows single tokens.
-        fits: Curves of forgetting that were fitted to the recall matrices.
         provenance: What else the numbers stand on, by what it is.
 
     Raises:
@@ -59,7 +56,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):  # an earlier report of the study may have had other figures
         old.unlink()
-    figures = study_figures(sweep, frame, records, fits)
+    figures = study_figures(sweep, frame, records)
     record = best_string(sweep, frame, records) if records else None
     if record is not None and record.guesser is not None and "order/spearman" in frame:
         figures.append(order_chart(record))

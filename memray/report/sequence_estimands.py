@@ -20,6 +20,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from memray.curriculum import CurriculumSpec
+from memray.measures.fading import CURVES
 from memray.report import SPEED, column, stage_ends
 from memray.report.estimands import NUM_STRINGS, Estimand, Evidence, between, within
 from memray.report.replicates import (
@@ -37,7 +38,6 @@ WEIGHTS = "curriculum.weights"
 REVISITS = "curriculum.revisits"
 UNREPEATED = "curriculum.unrepeated"
 OTHER = "curriculum.other."  # the whole part
-CURVES = ("linear", "exponential", "power", "saturating")
 
 FORGETTING = "sequence/forgetting"
 BEYOND_HELDOUT = "sequence/oldest_beyond_heldout_bits"

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from memray.measures.phases import DURATIONS
+from memray.measures.retention import RetentionCounts, RetentionFit, bootstrap_retention, fit_retention
 from memray.measures.statistics import median_interval
 from memray.report import SPEED, column, interval_text, stage_ends
 from memray.report.charts import Chart, Figure, HeatMap, Style, Trace, numbered
@@ -26,6 +27,8 @@ from memray.report.figure import Line, lines_of
 from memray.report.probe_figures import MAX_CELLS_APART
 from memray.report.records import RecordsOf
 from memray.report.replicates import ONSET, late_median
+from memray.sequence_measurement import Forgetting
+from memray.spec import TrialSpec
 from memray.sweep import Sweep
 
 ROBUST, ACCURACY = "recall/robust", "recall/token_accuracy"
@@ -37,11 +40,12 @@ DRAWN = (
 MAX_PLACES = 150
 # With more, neighbours are put together: of a thousand single stages a line would show the noise.
 MAX_AGES = MAX_STAGES = 30
+AGE = "optimiser steps since the end of the string's own stage"
+# Of replicates, to say how sure a curve is: enough for the few that there are.
+RESAMPLES = 199
 
 # Recall matrices by trial id.
 Matrices = Mapping[str, pd.DataFrame]
-# What was fitted to the token accuracies of a cell: ages in optimiser steps and accuracies, by cell id and curve.
-Fits = Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
 
 
 def drawn_matrices(sweep: Sweep, frame: pd.DataFrame, records: RecordsOf) -> dict[str, pd.DataFrame]:
@@ -53,15 +57,13 @@ def drawn_matrices(sweep: Sweep, frame: pd.DataFrame, records: RecordsOf) -> dic
     return found
 
 
-def sequence_figures(
-    sweep: Sweep, frame: pd.DataFrame, matrices: Matrices | None = None, fits: Fits | None = None
-) -> list[Figure]:
+def sequence_figures(sweep: Sweep, frame: pd.DataFrame, matrices: Matrices | None = None) -> list[Figure]:
     """The figures of the cells that have a curriculum, in the order in which they are shown; none without one."""
     lines, factor = lines_of(sweep, frame)
     lines = [line for line in lines if line.trials[0].curriculum is not None]
     panels = {panel: [line for line in lines if line.panel == panel] for panel in dict.fromkeys(x.panel for x in lines)}
     ends = {str(trial_id): rows for trial_id, rows in stage_ends(frame).groupby("trial_id")}
-    matrices, fits, legend_title = matrices or {}, fits or {}, factor.rpartition(".")[2]
+    matrices, legend_title = matrices or {}, factor.rpartition(".")[2]
     found: list[Figure] = []
     for course in COURSES:
         found += [_by_stage(course, panel, own, ends, legend_title) for panel, own in panels.items()]
@@ -69,10 +71,10 @@ def sequence_figures(
     carrying = [line for line in lines if line.trials[0].curriculum and line.trials[0].curriculum.weights == "carried"]
     for panel in panels:
         own = [line for line in carrying if line.panel == panel]
-        found.append(_retention(own, ROBUST, matrices, where=panel, legend_title=legend_title))
+        found.append(_retention(own, matrices, where=panel, legend_title=legend_title))
     for line in carrying[:MAX_CELLS_APART]:
-        if curves := fits.get(line.trials[0].cell_id()):
-            found.append(_retention([line], ACCURACY, matrices, curves, where=_name(line, lines)))
+        if any(trial.trial_id() in matrices for trial in line.trials):
+            found.append(_fading(line, matrices, where=_name(line, lines)))
     for line in carrying[:MAX_CELLS_APART]:
         found += _recall_map(line, _name(line, lines), matrices)
     return [each for each in found if isinstance(each, HeatMap) or any(len(trace.x) for trace in each.traces)]
@@ -242,42 +244,82 @@ def _of_bins(of: OfStages, ends: Sequence[pd.DataFrame], bins: Sequence[range]) 
 # --- by age --------------------------------------------------------------------------------------------------------
 
 
-def _retention(
-    lines: Sequence[Line],
-    key: str,
-    matrices: Matrices,
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
-    *,
-    where: str,
-    legend_title: str = "",
-) -> Chart:
-    """Recall of earlier strings against how long ago they were trained; one cell alone with curves."""
-    traces: list[Trace] = []
-    for line in lines:
-        seen = [matrices[trial.trial_id()] for trial in line.trials if trial.trial_id() in matrices]
-        traces += _aged_traces(seen, key, "measured" if curves else line.label, Style.of(line))
-    for index, (name, (ages, fitted)) in enumerate(curves.items() if curves and traces else ()):
-        traces.append(Trace(name=name, x=list(ages), y=list(fitted), style=Style.numbered(index + 1)))
-    interval = interval_text([len(line.trials) for line in lines])
+def _retention(lines: Sequence[Line], matrices: Matrices, *, where: str, legend_title: str) -> Chart:
+    """Recall of earlier strings against how long ago they were trained."""
     return Chart(
-        name="fits" if curves else "retention",
-        title=_titled("Curves of forgetting" if curves else "Retention by age", where),
-        x_title="optimiser steps since the end of the string's own stage",
-        y_title="robust recall (1 is full)" if key == ROBUST else "share of tokens right",
-        caption="Points: means over all strings of that age, whenever they were looked at"
-        + (f"; medians over replicates, bars: {interval}" if interval else "")
-        + ". Dotted: held-out strings."
-        + (" Lines: what was fitted." if curves else ""),
-        traces=tuple(traces),
-        legend_title="" if curves else legend_title,
+        name="retention",
+        title=_titled("Retention by age", where),
+        x_title=AGE,
+        y_title="robust recall (1 is full)",
+        caption=_of_ages(lines),
+        traces=tuple(
+            trace for line in lines for trace in _aged_traces(line, ROBUST, matrices, line.label, Style.of(line))
+        ),
+        legend_title=legend_title,
         x_scale="log",
-        y_range=(-0.03, 1.04) if key == ACCURACY else None,
     )
 
 
-def _aged_traces(matrices: Sequence[pd.DataFrame], key: str, name: str, style: Style) -> Iterator[Trace]:
+def _fading(line: Line, matrices: Matrices, *, where: str) -> Chart:
+    """Token accuracy of earlier strings, and the curves by which it fades."""
+    traces = [*_aged_traces(line, ACCURACY, matrices, "measured", Style.of(line))]
+    counts = [counts for trial in line.trials if (counts := _forgotten(trial, matrices)) is not None]
+    fit = fit_retention(RetentionCounts.pooled(counts)) if counts else None
+    if fit and traces:
+        ages = np.geomspace(traces[0].x[0], traces[0].x[-1], 60)
+        for index, (name, each) in enumerate(fit.curves.items()):
+            style = Style.numbered(index + 1)
+            traces.append(Trace(name=name, x=ages.tolist(), y=each.curve.accuracy(ages).tolist(), style=style))
+    return Chart(
+        name="fits",
+        title=_titled("Curves of forgetting", where),
+        x_title=AGE,
+        y_title="share of tokens right",
+        caption=f"{_of_ages([line])} {_best(fit, counts)}",
+        traces=tuple(traces),
+        x_scale="log",
+        y_range=(-0.03, 1.04),
+    )
+
+
+def _of_ages(lines: Sequence[Line]) -> str:
+    interval = interval_text([len(line.trials) for line in lines])
+    over = f"; medians over replicates, bars: {interval}" if interval else ""
+    return f"Points: means over all strings of that age, whenever they were looked at{over}. Dotted: held-out strings."
+
+
+def _forgotten(trial: TrialSpec, matrices: Matrices) -> RetentionCounts | None:
+    matrix = matrices.get(trial.trial_id())
+    if matrix is None:
+        return None
+    forgetting = Forgetting(trial.num_targets)
+    forgetting.add({name: matrix[name].to_numpy() for name in matrix})
+    return forgetting.counts()
+
+
+def _best(fit: RetentionFit | None, counts: Sequence[RetentionCounts]) -> str:
+    """What is known of the curve that describes the data best, and how surely."""
+    if fit is None:
+        return (
+            "No curve is identifiable: strings were looked at at fewer than four ages, or nothing was left at the first"
+        )
+    half_life = fit.half_life_steps
+    found = (
+        f"Lines: fitted to all replicates together. The best by AIC is {fit.best.curve.name}, and half is forgotten "
+    )
+    found += f"beyond {fit.last_age} steps" if math.isnan(half_life) else f"after {half_life:.3g} steps"
+    if len(counts) > 1:
+        (low, high), shares = bootstrap_retention(counts, rng=np.random.default_rng(0), resamples=RESAMPLES)
+        bounds = dict.fromkeys("beyond" if math.isinf(end) else f"{end:.3g}" for end in (max(0.0, low), high))
+        found += f" (95 %: {' to '.join(bounds)})"
+        found += f"; it is the best of {100 * shares[fit.best.curve.name]:.0f} % of resamples of the replicates"
+    return found + f". Lack of fit {fit.best.lack_of_fit:.2g} (about 1 where the curve is true and tokens independent)."
+
+
+def _aged_traces(line: Line, key: str, matrices: Matrices, name: str, style: Style) -> Iterator[Trace]:
     """Points by age, a bin of ages each where there are many, and the level of held-out strings."""
-    aged = [_aged(matrix, key) for matrix in matrices]
+    seen = [matrices[trial.trial_id()] for trial in line.trials if trial.trial_id() in matrices]
+    aged = [_aged(matrix, key) for matrix in seen]
     ages = np.unique(np.concatenate([age for age, _ in aged])) if aged else np.empty(0)
     if not len(ages):
         return
@@ -290,12 +332,12 @@ def _aged_traces(matrices: Sequence[pd.DataFrame], key: str, name: str, style: S
         places.append(float(np.exp(np.log(np.concatenate([age for age, _ in own])).mean())))
         medians.append(float(np.median(means)))
         intervals.append(median_interval(means))
-    has_bars = len(matrices) > 1
+    has_bars = len(seen) > 1
     yield Trace(
         name=name, x=places, y=medians, low=[each.low for each in intervals] if has_bars else (),
         high=[each.high for each in intervals] if has_bars else (), style=style.points(),
     )  # fmt: skip
-    levels = [level for matrix in matrices if not math.isnan(level := _held_out(matrix, key))]
+    levels = [level for matrix in seen if not math.isnan(level := _held_out(matrix, key))]
     if levels:
         ends, level = [places[0], places[-1]], float(np.median(levels))
         yield Trace(name="", x=ends, y=[level, level], style=Style(colour=style.colour, dash="dot"))

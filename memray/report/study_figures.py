@@ -17,22 +17,17 @@ from memray.report.probe_figures import probe_figures
 from memray.report.record_figures import record_figures
 from memray.report.records import RecordsOf
 from memray.report.replicates import ONSET, Seen, first, last_epoch, onset, seen_cells, speed
-from memray.report.sequence_figures import Fits, drawn_matrices, sequence_figures
+from memray.report.sequence_figures import drawn_matrices, sequence_figures
 from memray.sweep import Sweep
 
 LN2 = math.log(2.0)
 
 
-def study_figures(
-    sweep: Sweep, frame: pd.DataFrame, records: RecordsOf | None = None, fits: Fits | None = None
-) -> list[Figure]:
+def study_figures(sweep: Sweep, frame: pd.DataFrame, records: RecordsOf | None = None) -> list[Figure]:
     """The figures that a study's columns and records allow, in the order in which they are shown.
 
     A curriculum has no course by epoch: its rows are the ends of stages, each about other strings. It has figures of
     its own, and is among others where its last stage stands for it.
-
-    Args:
-        fits: Curves of forgetting that were fitted to the recall matrices.
     """
     last = of_last_stage(frame)
     lines, factor = lines_of(sweep, last)
@@ -47,7 +42,7 @@ def study_figures(
     ]
     named = [replace(each, legend_title=legend_title) if isinstance(each, Chart) else each for each in found]
     cells = [cell for cell in seen_cells(sweep, frame) if cell.spec.curriculum is None]
-    staged = sequence_figures(sweep, frame, drawn_matrices(sweep, frame, records) if records else {}, fits)
+    staged = sequence_figures(sweep, frame, drawn_matrices(sweep, frame, records) if records else {})
     by_token = record_figures(cells, records) if records else ()
     shown = [each for each in (*staged, *named, *_onsets(cells), *probe_figures(cells), *by_token) if _shows(each)]
     return numbered(shown)

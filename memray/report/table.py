@@ -324,7 +324,7 @@ def epochs_below_guessing(trial: TrialSpec, rows: pd.DataFrame) -> int:
     if not len(guessing):
         return 0
     num_strings = trial.probes.compared_strings or trial.strings.num_strings
-    num_targets = num_strings * (trial.strings.length - (not trial.model.bos))
+    num_targets = num_strings * trial.num_targets
     least = guessing[0] - math.sqrt(guessing[0] * (1.0 - guessing[0]) / num_targets)
     longest = current = 0
     for accuracy in column(rows, "recall/token_accuracy"):

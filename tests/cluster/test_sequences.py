@@ -1,11 +1,17 @@
-"""A long sequence on Ray: killed again and again, it ends as an undisturbed process does."""
+"""A long sequence on Ray: killed again and again, it ends as an undisturbed process does.
 
+The same test is the soak, with a thousand strings: `make soak`.
+"""
+
+import contextlib
 import json
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -25,10 +31,10 @@ from memray.spec import ComputeSpec, ProbesSpec, StringsSpec, TrainingSpec, Tria
 from memray.sweep import Sweep, replicates, vary
 
 BASE = TrialSpec(
-    strings=StringsSpec(length=24, num_strings=12),
-    training=TrainingSpec(epochs=20),
-    curriculum=CurriculumSpec(optimiser="carried", replay_share=0.2),
-    compute=ComputeSpec(checkpoint_s=0),
+    strings=StringsSpec(length=24, num_strings=NUM_STRINGS),
+    training=TrainingSpec(epochs=EPOCHS),
+    curriculum=CurriculumSpec(optimiser="carried", replay_share=REPLAY),
+    compute=ComputeSpec(checkpoint_s=CHECKPOINT_S),
     probes=ProbesSpec(epochs=(1, 5), num_held_out=2),
 )
 
@@ -38,18 +44,31 @@ def sweep(*, seeds: int = 1) -> Sweep:
 '''
 
 
-@pytest.fixture
-def study_folder(tmp_path: Path) -> StudyFolder:
-    return make_study_folder(tmp_path, STUDY)
+def make_sequences(folder: Path, *, num_strings: int, epochs: int, replay: float, checkpoint_s: int) -> StudyFolder:
+    values = {"NUM_STRINGS": num_strings, "EPOCHS": epochs, "REPLAY": replay, "CHECKPOINT_S": checkpoint_s}
+    study = STUDY
+    for name, value in values.items():
+        study = study.replace(f"={name}", f"={value}")
+    return make_study_folder(folder, study)
 
 
-def assert_undisturbed(study_folder: StudyFolder, seeds: int = 1) -> None:
+def alone(study_folder: StudyFolder, trial_id: str, seeds: int = 1) -> subprocess.Popen[str]:
+    """The trial in a process of its own, which says what it measures."""
+    return subprocess.Popen(
+        study_folder.command("trial", trial_id, "-p", f"seeds={seeds}"),
+        stdout=subprocess.PIPE,
+        **study_folder.options(),
+    )
+
+
+def assert_undisturbed(study_folder: StudyFolder, processes: Sequence[subprocess.Popen[str]], seeds: int = 1) -> None:
     """Each trial's measurements are those of one process alone, and those of its matrix, and MLflow agrees."""
     trials = sweep_of(study_folder, seeds=seeds).trials
-    for trial in trials:
+    for trial, process in zip(trials, processes, strict=True):
         folder = Ledger(str(study_folder.storage), "small").trial(trial.trial_id())
-        alone = study_folder.run("trial", trial.trial_id(), "-p", f"seeds={seeds}").stdout
-        assert folder.measurements()[0] == [json.loads(line) for line in alone.splitlines()]
+        said, _ = process.communicate()
+        assert process.returncode == 0
+        assert folder.measurements()[0] == [json.loads(line) for line in said.splitlines()]
     assert "0 differences" in study_folder.run("audit", "-p", f"seeds={seeds}").stdout
     again = study_folder.run("remeasure", "-p", f"seeds={seeds}").stdout
     assert f"{len(trials)} finished trials measured again, 0 differ" in again
@@ -70,44 +89,87 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 def probe_actors() -> set[int]:
+    return processes_named("ray::_ProbeActor")
+
+
+def processes_named(start: str) -> set[int]:
     titles = {each.pid: " ".join(each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])}
-    return {pid for pid, title in titles.items() if title.startswith("ray::_ProbeActor")}
+    return {pid for pid, title in titles.items() if title.startswith(start)}
 
 
-@pytest.mark.fault
-@pytest.mark.timeout(900)
-def test_a_sequence_whose_actor_probe_actor_and_driver_are_killed_ends_bit_identical(study_folder: StudyFolder) -> None:
-    foreign = probe_actors()
+@pytest.mark.parametrize(
+    ("num_strings", "epochs", "checkpoint_s"),
+    [
+        pytest.param(12, 20, 0, id="twelve strings", marks=pytest.mark.timeout(600)),
+        pytest.param(1000, 100, 20, id="a thousand strings", marks=[pytest.mark.soak, pytest.mark.timeout(7200)]),
+    ],
+)
+def test_a_sequence_whose_actor_probe_actor_and_driver_are_killed_ends_bit_identical(
+    tmp_path: Path, num_strings: int, epochs: int, checkpoint_s: int
+) -> None:
+    replay = 2 / num_strings  # of the strings before: one or two beside each step
+    study_folder = make_sequences(
+        tmp_path, num_strings=num_strings, epochs=epochs, replay=replay, checkpoint_s=checkpoint_s
+    )
+    (trial,) = sweep_of(study_folder).trials
+    undisturbed = alone(study_folder, trial.trial_id())
+    foreign, num_epochs = probe_actors(), num_strings * epochs
     process = study_folder.start("run", "--probe-actors", "1")
-    wait_for(lambda: checkpoint(study_folder) >= (1, 2 * 20), process)
+    wait_for(lambda: checkpoint(study_folder) >= (1, num_epochs // 6), process)
     leases = [json.loads(path.read_text()) for path in study_folder.storage.glob("small/*/leases/0001.json")]
     (trainer,) = [lease["pid"] for lease in leases if lease["pid"] != process.pid]
     os.kill(trainer, signal.SIGKILL)
-    wait_for(lambda: checkpoint(study_folder) >= (2, 5 * 20), process)
+    wait_for(lambda: checkpoint(study_folder) >= (2, num_epochs // 3), process)
     for actor in probe_actors() - foreign:
         os.kill(actor, signal.SIGKILL)
-    wait_for(lambda: checkpoint(study_folder) >= (2, 8 * 20), process)
+    wait_for(lambda: checkpoint(study_folder) >= (2, num_epochs // 2), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    study_folder.run("run", "--probe-actors", "1")
-    sweep = sweep_of(study_folder)
-    finished = Ledger(str(study_folder.storage), "small").trial(sweep.trials[0].trial_id()).finished()
+    gib = resident_gib(study_folder.start("run", "--probe-actors", "1"), foreign)
+    finished = Ledger(str(study_folder.storage), "small").trial(trial.trial_id()).finished()
     assert finished is not None
     assert finished.attempt >= 3
-    assert finished.summary["resumed_from_epoch"] >= 8 * 20
-    assert_undisturbed(study_folder)
+    assert finished.summary["resumed_from_epoch"] >= num_epochs // 2
+    assert_undisturbed(study_folder, [undisturbed])
+    for who, values in gib.items():
+        if len(values) > 60:  # of seconds: a short run says nothing about memory
+            early, late = values[len(values) // 4], values[-5]
+            print(f"{who}: {early:.3f} GiB a quarter of the way, {late:.3f} at the end")
+            assert late < 1.1 * early, f"{who} grew: {values[:: len(values) // 20]}"
+
+
+def resident_gib(process: subprocess.Popen[str], foreign: set[int]) -> dict[str, list[float]]:
+    """Resident memory of the driver, the trial's actor and the probe actor, each second until the driver ends."""
+    gib: dict[str, list[float]] = defaultdict(list)
+    with process:
+        assert process.stdout is not None
+        reader = threading.Thread(target=process.stdout.read)
+        reader.start()
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                gib["driver"].append(psutil.Process(process.pid).memory_info().rss / 2**30)
+                for name, pids in (
+                    ("trial", processes_named("ray::ImplicitFunc")),
+                    ("probe actor", probe_actors() - foreign),
+                ):
+                    for pid in pids:
+                        gib[name].append(psutil.Process(pid).memory_info().rss / 2**30)
+            time.sleep(1)
+        reader.join()
+    assert process.returncode == 0
+    return gib
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize(("num_actors", "seeds"), [(1, 1), (2, 2), (4, 1)])
 def test_looks_are_shared_out_among_probe_actors_and_training_waits_for_none(
-    study_folder: StudyFolder, num_actors: int, seeds: int, head: Head
+    tmp_path: Path, num_actors: int, seeds: int, head: Head
 ) -> None:
-    study = study_folder.folder / study_folder.study
-    study.write_text(STUDY.replace("checkpoint_s=0", "checkpoint_s=600").replace("replay_share=0.2", "replay_share=0"))
+    study_folder = make_sequences(tmp_path, num_strings=12, epochs=20, replay=0.0, checkpoint_s=600)
     study_folder.run("run", "-p", f"seeds={seeds}", "--probe-actors", str(num_actors), "--address", head.address)
-    assert_undisturbed(study_folder, seeds)
-    for trial in sweep_of(study_folder, seeds=seeds).trials:
+    trials = sweep_of(study_folder, seeds=seeds).trials
+    assert_undisturbed(study_folder, [alone(study_folder, trial.trial_id(), seeds) for trial in trials], seeds)
+    for trial in trials:
         finished = Ledger(str(study_folder.storage), "small").trial(trial.trial_id()).finished()
         assert finished is not None
         looks = finished.summary["probe_looks"]
