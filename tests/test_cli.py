@@ -10,6 +10,7 @@ from memray.cli import app
 
 HEAD = '''"""A question?"""
 
+from memray.curriculum import OtherSpec
 from memray.probes import ContextSpec
 from memray.spec import *
 from memray.sweep import *
@@ -84,6 +85,30 @@ BAD_STUDIES = {
         "model=ModelSpec(family='opt', size='13b'), strings=StringsSpec(length=2047), compute=ComputeSpec(accelerator='t4')", "a trial must fit its device"),
     "a directory that holds no model": ("model=ModelSpec(path='nowhere')", "must be a directory written by save_pretrained"),
     "more compared strings than there are": ("probes=ProbesSpec(compared_strings=2)", "compare fewer strings"),
+    "strings that do not fill the stages": (
+        "strings=StringsSpec(num_strings=10), curriculum=CurriculumSpec(strings_per_stage=4)",
+        "curriculum.strings_per_stage must divide strings.num_strings"),
+    "a stage that is visited again and is not there": (
+        "strings=StringsSpec(num_strings=4), curriculum=CurriculumSpec(revisits=(4,))", "among the stages 0 to 3, but got [4]"),
+    "a past that base weights do not have": (
+        "strings=StringsSpec(num_strings=4), curriculum=CurriculumSpec(weights='base', replay_share=0.5)",
+        "begins every stage without a past, but got replay_share"),
+    "a share above the whole": ("curriculum=CurriculumSpec(replay_share=1.5)", "less than or equal to 1, but got 1.5"),
+    "stages with another source that changes nothing": (
+        "curriculum=CurriculumSpec(other=OtherSpec(stages=(0,)))", "must change something about the strings"),
+    "other stages with more symbols than their alphabet": (
+        "curriculum=CurriculumSpec(other=OtherSpec(stages=(0,), alphabet='digits', alphabet_size=26))", "has 10 symbols"),
+    "a visit to a stage that had no strings of its own": (
+        "strings=StringsSpec(num_strings=4), curriculum=CurriculumSpec(unrepeated=(1,), revisits=(1,))", "leave them out of one of the two"),
+    "fresh strings of a text": (
+        "strings=StringsSpec(kind='text', path=__file__), curriculum=CurriculumSpec(unrepeated=(0,))", "a source that never runs out"),
+    "a sequence without held-out strings": (
+        "curriculum=CurriculumSpec(), probes=ProbesSpec(num_held_out=0)", "must go without probes.num_held_out=0"),
+    "a context probe of a sequence": (
+        "curriculum=CurriculumSpec(), probes=ProbesSpec(context=ContextSpec())", "must go without probes.context"),
+    "ages without stages": ("probes=ProbesSpec(retention=RetentionSpec(ages=(1,)))", "but the trial has no curriculum"),
+    "ages out of order": (
+        "curriculum=CurriculumSpec(), probes=ProbesSpec(retention=RetentionSpec(ages=(3, 1)))", "ages of probes.retention must ascend"),
     "probe epochs out of order": ("probes=ProbesSpec(epochs=(3, 1))", "must ascend"),
 }  # fmt: skip
 

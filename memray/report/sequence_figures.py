@@ -264,9 +264,10 @@ def _fading(line: Line, matrices: Matrices, *, where: str) -> Chart:
     """Token accuracy of earlier strings, and the curves by which it fades."""
     traces = [*_aged_traces(line, ACCURACY, matrices, "measured", Style.of(line))]
     counts = [counts for trial in line.trials if (counts := _forgotten(trial, matrices)) is not None]
-    fit = fit_retention(RetentionCounts.pooled(counts)) if counts else None
-    if fit and traces:
-        ages = np.geomspace(traces[0].x[0], traces[0].x[-1], 60)
+    pooled = RetentionCounts.pooled(counts) if counts else None
+    fit = fit_retention(pooled) if pooled else None
+    if pooled and fit:
+        ages = np.geomspace(pooled.age[pooled.age > 0][0], pooled.age[-1], 60)
         for index, (name, each) in enumerate(fit.curves.items()):
             style = Style.numbered(index + 1)
             traces.append(Trace(name=name, x=ages.tolist(), y=each.curve.accuracy(ages).tolist(), style=style))

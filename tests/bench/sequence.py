@@ -3,8 +3,8 @@
     python tests/bench/sequence.py bare OUT.json num_strings=200 epochs=60
     python tests/bench/sequence.py growth num_strings=200 epochs=60
 
-`bare` is the loop of a researcher who wants nothing but the numbers: Hugging Face's model at two torch threads, the same
-strings looked at with the same weights, the same measures; no scheduler, no tracking, no records. `growth` is our
+`bare` is the loop of a researcher who wants nothing but the numbers: Hugging Face's model at two torch threads, the
+same strings looked at with the same weights, the same measures; no scheduler, no tracking, no records. `growth` is our
 trial, in which nothing but a fixed number of strings is looked at: how long its early and its late stages take.
 """
 
