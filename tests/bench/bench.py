@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -30,8 +30,8 @@ from memray.sweep import Sweep, load
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-STUDY = HERE / "tiny_trials.py"
-NAMES = ("bare", "trainer", "tune", "overhead", "mlflow", "probes", "context", "profile")
+STUDY, SEQUENCES = HERE / "tiny_trials.py", HERE / "tiny_sequences.py"
+NAMES = ("bare", "trainer", "tune", "overhead", "mlflow", "probes", "context", "sequence", "profile")
 # What two sides of the same recipe may differ by in their first epochs; rounding grows later.
 TOLERANCE, COMPARED_EPOCHS = 1e-3, 10
 KEYS = ("recall/token_accuracy", "recall/nll_nats")
@@ -49,6 +49,7 @@ class Scale:
     tune_trials: int
     empty_seeds: int
     context_length: int
+    sequence: tuple[str, ...]
 
     def sweep(self) -> Sweep:
         return load(STUDY, **dict(pair.split("=") for pair in self.study))
@@ -61,6 +62,7 @@ FULL = Scale(
     tune_trials=8,
     empty_seeds=50,
     context_length=1024,
+    sequence=("num_strings=200", "epochs=60"),
 )
 QUICK = Scale(
     repetitions=1,
@@ -69,6 +71,7 @@ QUICK = Scale(
     tune_trials=2,
     empty_seeds=2,
     context_length=128,
+    sequence=("num_strings=40", "epochs=4"),
 )
 
 
@@ -107,10 +110,10 @@ def start_cluster() -> float:
     )
 
 
-def run_ours(scale: Scale, folder: Path) -> tuple[float, dict[str, float], Curves]:
+def run_ours(study: Path, pairs: Sequence[str], folder: Path) -> tuple[float, dict[str, float], Curves]:
     """Seconds of `python -m memray run` on a fresh storage, its stages by when it says what, and what it measured."""
-    parameters = [part for pair in scale.study for part in ("-p", pair)]
-    seconds, lines = timed("-m", "memray", "run", str(STUDY), *parameters, "--storage", str(folder / "ours"))
+    parameters = [part for pair in pairs for part in ("-p", pair)]
+    seconds, lines = timed("-m", "memray", "run", str(study), *parameters, "--storage", str(folder / "ours"))
     began = next(when for when, line in lines if "trials to run" in line)
     ends = [when for when, line in lines if " finished, " in line]
     stages = {
@@ -119,7 +122,7 @@ def run_ours(scale: Scale, folder: Path) -> tuple[float, dict[str, float], Curve
         "until the last trial ends": ends[-1] - ends[0],
         "rest of MLflow, results, shutdown": seconds - ends[-1],
     }
-    sweep = scale.sweep()
+    sweep = load(study, **dict(pair.split("=") for pair in pairs))
     ledger = Ledger(str(folder / "ours"), sweep.name)
     records = {trial.trial_id(): ledger.trial(trial.trial_id()).measurements()[0] for trial in sweep.trials}
     return seconds, stages, curves(records)
@@ -229,7 +232,7 @@ def compare_runs(scale: Scale, wanted: list[str], folder: Path) -> tuple[list[li
         here = folder / f"{repetition}"
         here.mkdir()
         seconds["cluster start"].append(start_cluster())
-        whole_s, stages, ours = run_ours(scale, here)
+        whole_s, stages, ours = run_ours(STUDY, scale.study, here)
         seconds["run"].append(whole_s)
         for name in wanted:
             took, theirs = COMPARED[name][1](scale, here)
@@ -316,6 +319,30 @@ def compare_contexts(scale: Scale) -> tuple[list[list[str]], str]:
     return rows, agreement
 
 
+def compare_sequences(scale: Scale, folder: Path) -> tuple[list[list[str]], str]:
+    """One long sequence: `run` against the bare loop, both looked at alike, and late stages against early ones."""
+    script, found = str(HERE / "sequence.py"), defaultdict(list)
+    worst = 0.0
+    for repetition in range(scale.repetitions):
+        here = folder / f"sequence-{repetition}"
+        here.mkdir()
+        seconds, _, ours = run_ours(SEQUENCES, scale.sequence, here)
+        found["run"].append(seconds)
+        found["bare"].append(timed(script, "bare", str(here / "bare.json"), *scale.sequence)[0])
+        theirs = curves(json.loads((here / "bare.json").read_text()))
+        for trial_id, stages in theirs.items():  # rounding grows: the first stage's end
+            first = sorted(stages)[1]
+            worst = max(worst, abs(ours[trial_id][first][KEYS[1]] - stages[first][KEYS[1]]))
+        growth = last_line(script, "growth", *scale.sequence)
+        for name, each in growth.items():
+            found[name].append(median(each))
+    rows = [
+        row("a sequence: run, start and all, against a bare loop", "s", found["run"], found["bare"], limit=1.25),
+        row("a stage: the 190th against the 10th of 200", "s", found["late_s"], found["early_s"], limit=1.1),
+    ]
+    return rows, f"sequence: nll at the end of the first stage differs by {worst:.0e} at most"
+
+
 def shares(title: str, seconds: Mapping[str, float]) -> Table:
     table = Table("part", title=title, title_justify="left")
     for column in ("s", "%"):
@@ -340,13 +367,17 @@ def run_all(scale: Scale, wanted: list[str], folder: Path) -> tuple[list[list[st
     if "mlflow" in wanted:
         if not compared:
             (folder / "0").mkdir()
-            run_ours(scale, folder / "0")
+            run_ours(STUDY, scale.study, folder / "0")
         rates = [last_line(inside, "mlflow", str(folder / "0"), *scale.study) for _ in range(scale.repetitions)]
         rows.append(row("MLflow points a second through our Tracker", "/s", [each["points_per_s"] for each in rates]))
     if "probes" in wanted:
         rows += compare_probers(scale, folder)
     if "context" in wanted:
         found, words = compare_contexts(scale)
+        rows += found
+        agreement.append(words)
+    if "sequence" in wanted:
+        found, words = compare_sequences(scale, folder)
         rows += found
         agreement.append(words)
     if "profile" in wanted:

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from memray.cluster.audit import audit, remeasured
 from memray.cluster.ledger import Ledger
 
 from .conftest import Head, StudyFolder, make_study_folder, sweep_of
@@ -65,16 +66,15 @@ def alone(study_folder: StudyFolder, trial_id: str, seeds: int = 1) -> subproces
 
 
 def assert_undisturbed(study_folder: StudyFolder, processes: Sequence[subprocess.Popen[str]], seeds: int = 1) -> None:
-    """Each trial's measurements are those of one process alone, and those of its matrix, and MLflow agrees."""
-    trials = sweep_of(study_folder, seeds=seeds).trials
-    for trial, process in zip(trials, processes, strict=True):
-        folder = Ledger(str(study_folder.storage), "small").trial(trial.trial_id())
+    """Each trial's measurements are those of one process alone, those of its matrix, and MLflow's."""
+    sweep = sweep_of(study_folder, seeds=seeds)
+    ledger = Ledger(str(study_folder.storage), sweep.name)
+    for trial, process in zip(sweep.trials, processes, strict=True):
+        folder = ledger.trial(trial.trial_id())
         said, _ = process.communicate()
         assert process.returncode == 0
-        assert folder.measurements()[0] == [json.loads(line) for line in said.splitlines()]
-    assert "0 differences" in study_folder.run("audit", "-p", f"seeds={seeds}").stdout
-    again = study_folder.run("remeasure", "-p", f"seeds={seeds}").stdout
-    assert f"{len(trials)} finished trials measured again, 0 differ" in again
+        assert folder.measurements()[0] == [json.loads(line) for line in said.splitlines()] == remeasured(trial, folder)
+    assert audit(sweep, ledger, f"sqlite:///{study_folder.database}") == []
 
 
 def checkpoint(study_folder: StudyFolder) -> tuple[int, int]:
