@@ -91,11 +91,11 @@ def where_probes_run(sweep: Sweep) -> str:
     """Who looks at the weights of probe epochs, on a cluster of this machine alone."""
     on_cpu = all(trial.compute.accelerator == "cpu" for trial in sweep.trials)
     threads = max(trial.compute.threads for trial in sweep.trials)
-    number = num_probe_actors((os.cpu_count() or 1) // threads) if on_cpu else 0
+    number = num_probe_actors((os.cpu_count() or 1) // threads, sweep.trials) if on_cpu else 0
     if number:
         return f"On this machine alone, {number} actors score the snapshots of probe epochs, beside the trials."
     why = (
-        f"it has {os.cpu_count()} cores, and actors that score snapshots need three devices"
+        f"it has {os.cpu_count()} cores, and actors that score snapshots need three devices, or one that is idle"
         if on_cpu
         else "its accelerators are the trials'"
     )

@@ -174,7 +174,7 @@ def cost(spec: TrialSpec) -> Cost:
     peak = device.fp32_flops if spec.compute.precision == "fp32" else device.bf16_flops
     in_a_pass = max(1, TOKENS_PER_SCORING_PASS // tokens)
     passes = sum(math.ceil(each / in_a_pass / workers) for each in (*work.scored, *work.looked_at))
-    forwards = 3 * work.trained / _strings_per_forward(spec) + passes
+    forwards = 3 * work.steps * spec.strings_per_worker / _strings_per_forward(spec) + passes
     cores = spec.compute.threads if device.device == "cpu" else 1
     seconds = flops / (peak * cores * workers * EFFICIENCY[device.device])
     seconds += forwards * model.num_layers * LAUNCH_S[device.device]
@@ -185,11 +185,10 @@ def cost(spec: TrialSpec) -> Cost:
 def _work(spec: TrialSpec) -> Work:
     epochs, steps = spec.num_epochs, spec.num_epochs * spec.steps_per_epoch
     num_probes = len({epoch for epoch in spec.probes.epochs if epoch <= epochs} | {epochs})
-    needs_scoring = spec.steps_per_epoch > 1 or spec.has_dropout
     return Work(
         trained=steps * spec.strings_per_worker,
         steps=steps,
-        scored=(spec.strings.num_strings,) * (epochs + 1 if needs_scoring else 1),
+        scored=(spec.strings.num_strings,) * (epochs + 1 if spec.scores_apart else 1),
         looked_at=(spec.probes.num_held_out,) * num_probes,
     )
 
@@ -213,11 +212,10 @@ def _sequence_work(spec: TrialSpec) -> Work:
         if not stage.is_unrepeated:
             learned[list(stage.strings)] = stage.index
     steps = spec.num_epochs * spec.steps_per_epoch
-    needs_scoring = spec.steps_per_epoch > 1 or spec.has_dropout
     return Work(
         trained=steps * spec.strings_per_worker + math.ceil(num_beside * spec.steps_per_epoch / spec.compute.workers),
         steps=steps,
-        scored=(spec.strings_together,) * (len(stages) * (epochs + 1 if needs_scoring else 1)),
+        scored=(spec.strings_together,) * (len(stages) * (epochs + 1 if spec.scores_apart else 1)),
         looked_at=tuple(looked_at),
     )
 
@@ -259,6 +257,13 @@ def _strings_per_forward(spec: TrialSpec) -> int:
     return spec.training.strings_per_forward or spec.strings_per_worker
 
 
+def _most_replayed(spec: TrialSpec) -> int:
+    """Strings of earlier stages that a step of the last stage trains beside its own."""
+    if spec.curriculum is None:
+        return 0
+    return num_replayed(spec.curriculum.replay_share, spec.strings.num_strings - spec.curriculum.strings_per_stage)
+
+
 def _forward_flops(model: Shape, tokens: int) -> float:
     """One forward pass over one string: two operations a weight and token, and causal attention."""
     attention = 2 * 2 * model.num_layers * model.hidden_size * tokens**2 / 2
@@ -283,7 +288,7 @@ def _peak_gib(spec: TrialSpec, model: Shape, device: Accelerator, tokens: int) -
         loaded *= 2
     elif is_sharded:
         loaded = width * model.num_parameters  # cast before it is moved, and moved whole before it is sharded
-    in_forward = tokens * _strings_per_forward(spec)
+    in_forward = tokens * (_strings_per_forward(spec) + _most_replayed(spec) / spec.compute.workers)
     block = SAVED_PER_BLOCK * model.hidden_size * width
     saved = model.hidden_size * width * model.num_layers + block
     saved = saved if spec.training.gradient_checkpointing else block * model.num_layers

@@ -133,7 +133,7 @@ class OwnProber:
 
 def forwards_of_epoch(spec: TrialSpec, trained: Batch, epoch: int) -> list[Batch]:
     """The batches in which the trainer scores its strings at an epoch: whoever repeats them gets the same bits."""
-    if spec.steps_per_epoch > 1 or spec.has_dropout or epoch == spec.num_epochs:
+    if spec.scores_apart or epoch == spec.num_epochs:
         return scoring_passes(trained)
     shares = parts(trained, spec.strings_per_worker)
     return [part for share in shares for part in parts(share, spec.training.strings_per_forward or len(share.ids))]
@@ -189,7 +189,7 @@ class Checkpoint(NamedTuple):
         folder: Those files.
         tokens: The per-token records of all epochs before it,
         strings: and the per-string ones,
-        matrix: and the recall matrix of a curriculum.
+        matrix: and the recall matrix of a curriculum, which goes as far as its weights.
     """
 
     epoch: int

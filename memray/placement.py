@@ -5,7 +5,8 @@ the fewest devices, and at the lowest stage of ZeRO that fits them, because each
 Offloading comes last: it makes a step many times slower. What a spec names outright is never changed.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from memray.cost import available_gib, cost
@@ -84,6 +85,11 @@ def _spelled(compute: ComputeSpec) -> str:
     return f"{compute.workers} x {compute.accelerator}, ZeRO stage {compute.zero_stage}"
 
 
-def num_probe_actors(devices: int) -> int:
-    """Probe actors for a cluster of that many devices: one for every eight, and none below three."""
-    return 0 if devices < 3 else max(1, devices // 8)
+def num_probe_actors(devices: int, trials: Sequence[TrialSpec]) -> int:
+    """Probe actors for some trials on a cluster of that many devices.
+
+    One for every eight devices, and none below three; or as many as the trials leave idle, at most one a trial.
+    """
+    trained_on = sum(trial.compute.workers * trial.compute.device_share for trial in trials)
+    idle = max(0, devices - math.ceil(trained_on))
+    return max(0 if devices < 3 else max(1, devices // 8), min(idle, len(trials)))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from memray.curriculum import BEFORE, Stage, num_replayed, strings_to_look_at
 from memray.encoding import Batch, encode
@@ -54,7 +55,7 @@ def measure_sequence(
         if checkpoint:
             engine.load(checkpoint.folder)
             assert checkpoint.matrix is not None
-            walk.resume(list(remeasure_sequence(walk.measurer, checkpoint.matrix)))
+            walk.resume(checkpoint.matrix)
         else:
             walk.look(BEFORE, 0, is_end=True)
             walk.end(BEFORE)
@@ -188,11 +189,12 @@ class Walk:
         self.next_stage = self.epoch = self.step = 0
         self.waiting: deque[Event] = deque()
 
-    def resume(self, measured: Sequence[Measurement]) -> None:
+    def resume(self, matrix: pa.Table) -> None:
         """Goes to the end of the last stage that was measured."""
-        self.next_stage = len(measured) - 1  # one of them is of the weights before training
-        self.epoch = measured[-1].epoch
-        self.step = int(measured[-1].metrics["sequence/steps"])
+        self.next_stage = BEFORE  # the first measurement is of the weights before training
+        for measured in remeasure_sequence(self.measurer, matrix):
+            self.next_stage += 1
+            self.epoch, self.step = measured.epoch, int(measured.metrics["sequence/steps"])
         for stage in self.stages[: self.next_stage]:
             self._remember(stage)
 
@@ -234,7 +236,9 @@ class Walk:
             is_end = epoch == training.epochs or (stopper is not None and stopper.has_stopped)
             self._goto(epoch, began)
             if is_end:
-                self.look(stage.index, epoch, is_end=True)
+                # Scores read off a step are of another batch: nobody else gets their last bits again.
+                were_scored = epoch == training.epochs or self.spec.scores_apart
+                self.look(stage.index, epoch, is_end=True, repeats_own=were_scored)
             place = self._place(stage.index, epoch, is_end=is_end)
             self.waiting.append(Event(place, time.monotonic(), own=scores))
 
@@ -311,13 +315,13 @@ class Walk:
     def _known(self, strings: Sequence[int], source: int) -> list[KnownString]:
         return [self.measurer.known[source][index] for index in strings]
 
-    def look(self, stage: int, stage_epoch: int, *, is_end: bool) -> None:
-        """Asks for what the weights say of the strings of other stages."""
+    def look(self, stage: int, stage_epoch: int, *, is_end: bool, repeats_own: bool = False) -> None:
+        """Asks for what the weights say of the strings of other stages, and whether they say the same of its own."""
         place = self._place(stage, stage_epoch, is_end=is_end)
         asked = self._asked(stage, is_end=is_end)
         by_source = tuple(tuple(int(each) for each in asked if self.source[each] == source) for source in (BASE, OTHER))
         question = SequenceQuestion(place, (by_source[0], by_source[1]))
-        if is_end and stage != BEFORE and not self.stages[stage].is_unrepeated:
+        if repeats_own:
             own = self.stages[stage]
             question = replace(question, own=own.strings, own_source=OTHER if own.is_other else BASE)
         self.waiting.append(Event(place, time.monotonic(), look=self.prober.look(question, self.engine)))

@@ -8,6 +8,7 @@ the way does not grow with the rows. This module knows no model.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,6 +106,7 @@ class SequenceMeasurer:
     trial_id: str = ""
     learned: Learned = field(default_factory=lambda: Learned.none_of(0))
     floors: dict[int, float] = field(default_factory=dict)
+    base_floors: dict[int, float] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
     forgetting: "Forgetting" = field(default_factory=lambda: Forgetting(0))
 
@@ -151,7 +153,13 @@ class SequenceMeasurer:
         if stage == len(self.stages) - 1:
             metrics |= self._retention()
         defined = {key: value for key, value in metrics.items() if math.isfinite(value)}
-        num_trained = int(rows["is_own"].sum()) * self.spec.num_targets if stage != BEFORE else 0
+        num_trained = 0
+        if stage == BEFORE:
+            self.base_floors = dict(self.floors)
+        else:
+            num_trained = len(self.stages[stage].strings) * int(rows["stage_epoch"].max()) * self.spec.num_targets
+            if self.spec.curriculum and self.spec.curriculum.weights == "base":
+                self.floors = dict(self.base_floors)  # the next stage has no past
         return Measurement(
             self.trial_id, max(stage, 0), epoch, defined, strings, matrix=pa.table(rows), num_trained=num_trained
         )
@@ -196,6 +204,9 @@ class SequenceMeasurer:
 @dataclass
 class Forgetting:
     """How many tokens are recalled at each age, of the strings of a trial's own source.
+
+    Age counts from the end of the last stage whose own the string was; where strings are replayed, it may have been
+    trained since.
 
     Attributes:
         num_targets: Scored targets of a string.
@@ -285,12 +296,10 @@ def blocks_of(matrix: pa.Table) -> Iterator[tuple[int, list[Block]]]:
     keys = np.stack([columns[name].astype(np.int64) for name in ("stage", "stage_epoch", "is_own", "is_end")])
     begins = np.flatnonzero(np.any(np.diff(keys, axis=1), axis=0)) + 1
     added = ("learned_stage", "learned_step", "recall/robust")
-    looks = [
-        {name: values[begin:end] for name, values in columns.items() if name not in added}
-        for begin, end in zip([0, *begins], [*begins, matrix.num_rows], strict=True)
-    ]
-    for stage in dict.fromkeys(int(look["stage"][0]) for look in looks):
-        yield stage, [look for look in looks if look["stage"][0] == stage]
+    looks = pairwise([0, *begins.tolist(), matrix.num_rows])
+    for stage, of_stage in groupby(looks, key=lambda look: int(columns["stage"][look[0]])):
+        rows = [slice(*look) for look in of_stage]
+        yield stage, [{name: columns[name][each] for name in columns if name not in added} for each in rows]
 
 
 def remeasure_sequence(measurer: SequenceMeasurer, matrix: pa.Table) -> Iterator[Measurement]:

@@ -462,6 +462,9 @@ class TrialSpec(Part):
                 self.curriculum.weights == "base" and self.compute.engine != "torch"
             ),
             "training.keep_weights='probe_epochs'": self.training.keep_weights == "probe_epochs",
+            "training.stop_when beside curriculum.unrepeated, whose steps are counted": (
+                self.training.stop_when is not None and bool(self.curriculum.unrepeated)
+            ),
             "training.strings_per_forward beside curriculum.replay_share": (
                 self.training.strings_per_forward > 0 and self.curriculum.replay_share > 0
             ),
@@ -557,6 +560,11 @@ class TrialSpec(Part):
     def has_dropout(self) -> bool:
         """Whether anything is dropped out while the model trains; then a training forward measures nothing."""
         return self.model.dropout > 0 or (self.model.lora is not None and self.model.lora.dropout > 0)
+
+    @property
+    def scores_apart(self) -> bool:
+        """Whether an epoch's strings are scored in passes of their own, and not in the step that trains on them."""
+        return self.steps_per_epoch > 1 or self.has_dropout
 
     @property
     def num_targets(self) -> int:

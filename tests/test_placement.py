@@ -269,4 +269,11 @@ def test_a_plan_shows_where_each_trial_runs_and_says_why(study: str, tmp_path: P
 
 
 def test_probes_have_actors_from_three_devices_on() -> None:
-    assert [num_probe_actors(devices) for devices in (1, 2, 3, 8, 15, 16, 64)] == [0, 0, 1, 1, 1, 2, 8]
+    trials = [TrialSpec(string_seed=seed) for seed in range(100)]
+    assert [num_probe_actors(devices, trials) for devices in (1, 2, 3, 8, 15, 16, 64)] == [0, 0, 1, 1, 1, 2, 8]
+
+
+def test_devices_that_few_trials_leave_idle_look_at_them() -> None:
+    one, wide = TrialSpec(), TrialSpec(compute=ComputeSpec(engine="deepspeed", workers=2))
+    assert [num_probe_actors(devices, [one]) for devices in (1, 2, 3, 8, 16)] == [0, 1, 1, 1, 2]
+    assert [num_probe_actors(devices, [wide, one]) for devices in (2, 3, 4, 5)] == [0, 1, 1, 2]

@@ -20,6 +20,7 @@ from memray.looks import Checkpoint, Look, OwnProber, Question
 from memray.material import Material, prepare
 from memray.measurement import Measurement, matrix_table, string_table, token_table
 from memray.models import load_model
+from memray.sequence import SequenceQuestion
 from memray.sequence_measurement import BASE, SequenceMeasurer, remeasure_sequence
 from memray.spec import TrialSpec
 from memray.strings import draw_strings
@@ -228,6 +229,30 @@ def test_several_strings_a_stage_are_trained_together_and_each_is_followed() -> 
     assert [len(each.strings) for each in found] == [0, 2, 2]
     assert matrix_of(found).query("is_own").groupby(["stage", "string"]).size().tolist() == [9] * 4
     assert found[-1].metrics["sequence/steps"] == 32
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"curriculum.replay_share": 0.5}, {"training.stop_when": {"at_least": 0.3, "epochs": 2}}],
+    ids=["plain", "replay", "criterion"],
+)
+def test_strings_are_scored_a_second_time_only_where_they_were_scored_apart(changes: dict[str, Any]) -> None:
+    """Scores read off a step that trained other strings too are of another batch: nobody gets their last bits again."""
+    asked: list[SequenceQuestion] = []
+
+    class Recording(OwnProber):
+        def look(self, question: Any, engine: Engine) -> Look:
+            asked.append(question)
+            return super().look(question, engine)
+
+    spec = changed({"training.epochs": 60, "training.schedule": "constant"} | changes)
+    found = measured(spec, prober=Recording(spec, prepare(spec), None))
+    at_ends = [each for each in asked if each.place.is_end and each.place.stage >= 0]
+    assert len(at_ends) == 4
+    lasts = [each.place.stage_epoch == 60 for each in at_ends]
+    assert all(lasts) == ("training.stop_when" not in changes)
+    assert [bool(each.own) for each in at_ends] == lasts
+    assert found[-1].num_trained == 24 * at_ends[-1].place.stage_epoch
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------

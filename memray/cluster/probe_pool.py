@@ -78,7 +78,7 @@ def probe_pool(
 def _fitting(trials: Sequence[TrialSpec], nodes: list[Resources], asked: Resources) -> int:
     """How many actors the devices suggest, if every trial still fits beside them; else none."""
     rarest = "GPU" if "GPU" in asked else "CPU"
-    number = num_probe_actors(sum(int(node.get(rarest, 0) / asked[rarest]) for node in nodes))
+    number = num_probe_actors(sum(int(node.get(rarest, 0) / asked[rarest]) for node in nodes), trials)
     left = [dict(node) for node in nodes]
     for _ in range(number):
         freest = max(left, key=lambda node: node.get(rarest, 0))

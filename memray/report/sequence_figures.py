@@ -286,7 +286,10 @@ def _fading(line: Line, matrices: Matrices, *, where: str) -> Chart:
 def _of_ages(lines: Sequence[Line]) -> str:
     interval = interval_text([len(line.trials) for line in lines])
     over = f"; medians over replicates, bars: {interval}" if interval else ""
-    return f"Points: means over all strings of that age, whenever they were looked at{over}. Dotted: held-out strings."
+    return (
+        f"Points: means over all strings of the trial's own source of that age, whenever they were looked at{over}. "
+        "Dotted: held-out strings."
+    )
 
 
 def _forgotten(trial: TrialSpec, matrices: Matrices) -> RetentionCounts | None:
@@ -345,8 +348,9 @@ def _aged_traces(line: Line, key: str, matrices: Matrices, name: str, style: Sty
 
 
 def _aged(matrix: pd.DataFrame, key: str) -> tuple[Float[ndarray, " rows"], Float[ndarray, " rows"]]:
-    """Ages in optimiser steps, above 0, and recall: of strings that were trained in an earlier stage."""
-    is_earlier = ~matrix["is_own"] & ~matrix["is_held_out"] & (matrix["learned_step"] >= 0) & matrix[key].notna()
+    """Ages in optimiser steps, above 0, and recall: of strings of the trial's source that an earlier stage trained."""
+    is_ours = ~matrix["is_own"] & ~matrix["is_held_out"] & (matrix["source"] == 0)
+    is_earlier = is_ours & (matrix["learned_step"] >= 0) & matrix[key].notna()
     rows = matrix.loc[is_earlier & (matrix["step"] > matrix["learned_step"])]
     return column(rows, "step") - column(rows, "learned_step"), column(rows, key)
 

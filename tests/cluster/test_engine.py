@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from torch import nn
 from memray.cluster.engine import check_pickle
 from memray.cluster.ledger import Ledger
 from memray.cluster.probing import linear_of
+from memray.curriculum import CurriculumSpec, OtherSpec
 from memray.finetune import TorchEngine, as_tensor, lower_weights
 from memray.looks import look_at_context
 from memray.material import prepare
@@ -24,6 +27,7 @@ from memray.models import load_model
 from memray.probes import ContextSpec
 from memray.scoring import score
 from memray.spec import ComputeSpec, LoraSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
+from memray.trial import run_trial
 
 from .processes import UNIFORM, Steps, Whole, batch_of, run
 
@@ -138,6 +142,14 @@ def test_two_workers_that_share_nothing_but_memory_count_a_string_once(results: 
 RESUMED = {f"fp32-{stage}": spec_of(stage, num_strings=2, epochs=5) for stage in STAGES}
 RESUMED |= {f"bf16-{stage}": spec_of(stage, num_strings=2, epochs=5, compute={"precision": "bf16"}) for stage in (0, 3)}
 RESUMED["several steps-2"] = spec_of(2, num_strings=4, epochs=5, strings_per_step=2)
+# Strings one after another, and one of those before beside each: two workers for one or two strings a step.
+SEQUENCES = ("a sequence-1", "a sequence-3")
+RESUMED |= {
+    name: spec_of(int(name[-1]), num_strings=5, epochs=3).model_copy(
+        update={"curriculum": CurriculumSpec(replay_share=0.5, other=OtherSpec(stages=(1,), alphabet_size=2))}
+    )
+    for name in SEQUENCES
+}
 # Those whose context is probed too: with shards, with several steps an epoch, with weights that were rounded.
 PROBED = ("fp32-3", "several steps-2", "bf16-0")
 # A look of every kind: a trunk, branches behind one, prompts, windows.
@@ -181,12 +193,25 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_stage_resumes_bit_identical_in_processes_of_its_own(resumed: dict[str, Any], name: str) -> None:
     told = [resumed["told"][f"{what} {name}"] for what in ("whole", "left", "on")]
     assert told == ["finished", "interrupted", "finished"]
-    assert resumed["checkpoints"][name].epoch == 3
+    third = 9 if name in SEQUENCES else 3  # of a sequence there is one a stage
+    assert resumed["checkpoints"][name].epoch == third
     trial_id = resumed["specs"][name].trial_id()
     one, other = (resumed[which].trial(trial_id).finished() for which in ("left", "whole"))
     assert one.measurements_sha256 == other.measurements_sha256
-    assert (one.attempt, one.summary["resumed_from_epoch"]) == (2, 3)
+    assert (one.attempt, one.summary["resumed_from_epoch"]) == (2, third)
     assert resumed["left"].trial(trial_id).verify() == []
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_sequence_goes_as_on_one_device(resumed: dict[str, Any], name: str) -> None:
+    """Each stage begins with a fresh optimiser there too, and trains the same strings of the stages before."""
+    spec = resumed["specs"][name]
+    found = resumed["left"].trial(spec.trial_id()).matrix().to_pandas()
+    alone = run_trial(spec.model_copy(update={"compute": ComputeSpec()}))
+    expected = pa.concat_tables([each.matrix for each in alone if each.matrix is not None]).to_pandas()
+    places = ["stage", "stage_epoch", "string", "is_own", "is_held_out", "source", "learned_step"]
+    pd.testing.assert_frame_equal(found[places], expected[places])
+    np.testing.assert_allclose(found["recall/nll_nats"], expected["recall/nll_nats"], rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", PROBED)
