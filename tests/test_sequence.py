@@ -252,7 +252,7 @@ def test_strings_are_scored_a_second_time_only_where_they_were_scored_apart(chan
     lasts = [each.place.stage_epoch == 60 for each in at_ends]
     assert all(lasts) == ("training.stop_when" not in changes)
     assert [bool(each.own) for each in at_ends] == lasts
-    assert found[-1].num_trained == 24 * at_ends[-1].place.stage_epoch
+    assert found[-1].num_trained == spec.num_targets * at_ends[-1].place.stage_epoch
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ RESUMED["several steps-2"] = spec_of(2, num_strings=4, epochs=5, strings_per_ste
 # Strings one after another, and one of those before beside each: two workers for one or two strings a step.
 SEQUENCES = ("a sequence-1", "a sequence-3")
 RESUMED |= {
-    name: spec_of(int(name[-1]), num_strings=5, epochs=3).model_copy(
+    name: spec_of(int(name[-1]), num_strings=6, epochs=3).model_copy(
         update={"curriculum": CurriculumSpec(replay_share=0.5, other=OtherSpec(stages=(1,), alphabet_size=2))}
     )
     for name in SEQUENCES
