@@ -18,8 +18,10 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 
 import pytest
 from mlflow.tracking import MlflowClient
+from typer.testing import CliRunner, Result
 
 import memray
+from memray.cli import app
 from memray.cluster.ledger import Ledger
 from memray.cluster.storage import Claims
 from memray.sweep import Sweep, load
@@ -86,6 +88,13 @@ class StudyFolder:
             self.command(verb, *arguments), capture_output=True, timeout=240, check=False, **self.options()
         )
         assert done.returncode == expect, f"{verb} left with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def invoke(self, verb: str, *arguments: str, expect: int = 0) -> Result:
+        """As `run`, in this process: for verbs that leave no trace in it."""
+        with contextlib.chdir(self.folder):
+            done = CliRunner().invoke(app, self.command(verb, *arguments)[3:])
+        assert done.exit_code == expect, f"{verb} left with {done.exit_code}:\n{done.output}"
         return done
 
     def start(self, verb: str, *arguments: str) -> subprocess.Popen[str]:

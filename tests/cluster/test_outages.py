@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from memray.cli import app
 from memray.cluster.audit import audit, remeasured
 from memray.cluster.launch import MAX_FAILURES
 from memray.cluster.ledger import Ledger
@@ -44,11 +42,7 @@ def test_a_sweep_with_a_failing_trial_finishes_the_others_and_leaves_with_1(tmp_
     (failed,) = [run for run in runs_of(study_folder, "trial") if run.info.status == "FAILED"]
     assert "Traceback" in failed.data.tags["memray.failure"]
     assert len(list(study_folder.storage.glob("small/*/failed-*.json"))) == 1 + MAX_FAILURES
-    with contextlib.chdir(study_folder.folder):
-        status = CliRunner().invoke(
-            app, ["status", "small.py", "-p", "seeds=1", "--storage", str(study_folder.storage)]
-        )
-    assert "1 finished, 0 running, 1 failed, 0 planned" in status.stdout
+    assert "1 finished, 0 running, 1 failed, 0 planned" in study_folder.invoke("status", "-p", "seeds=1").stdout
     ledger, tracked = Ledger(str(study_folder.storage), "small"), f"sqlite:///{study_folder.database}"
     assert any(
         "planned, but the ledger says failed" in each
