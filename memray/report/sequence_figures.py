@@ -262,7 +262,7 @@ def _retention(lines: Sequence[Line], matrices: Matrices, *, where: str, legend_
 
 def _fading(line: Line, matrices: Matrices, *, where: str) -> Chart:
     """Token accuracy of earlier strings, and the curves by which it fades."""
-    traces = [*_aged_traces(line, ACCURACY, matrices, "measured", Style.of(line))]
+    traces = [*_aged_traces(line, ACCURACY, matrices, "measured", Style.numbered(0))]
     counts = [counts for trial in line.trials if (counts := _forgotten(trial, matrices)) is not None]
     pooled = RetentionCounts.pooled(counts) if counts else None
     fit = fit_retention(pooled) if pooled else None
