@@ -192,6 +192,7 @@ class MortalStorage(PosixStorage):
         super().delete_folder(folder)
 
 
+@pytest.mark.fault
 def test_a_kill_at_any_change_of_the_storage_loses_nothing(tmp_path: Path) -> None:
     spec = TrialSpec(
         strings=StringsSpec(length=8),

@@ -139,7 +139,8 @@ def test_two_workers_that_share_nothing_but_memory_count_a_string_once(results: 
 
 
 # The precision that GPUs train at goes through other optimisers of DeepSpeed's, with other files.
-RESUMED = {f"fp32-{stage}": spec_of(stage, num_strings=2, epochs=5) for stage in STAGES}
+# Sequences, below, are the ones of stage 1.
+RESUMED = {f"fp32-{stage}": spec_of(stage, num_strings=2, epochs=5) for stage in (0, 2, 3)}
 RESUMED |= {f"bf16-{stage}": spec_of(stage, num_strings=2, epochs=5, compute={"precision": "bf16"}) for stage in (0, 3)}
 RESUMED["several steps-2"] = spec_of(2, num_strings=4, epochs=5, strings_per_step=2)
 # Strings one after another, and one of those before beside each: two workers for one or two strings a step.

@@ -702,6 +702,7 @@ print(ours.claim("{}", "ours").number, flush=True)
 """
 
 
+@pytest.mark.fault
 def test_a_cluster_has_one_claims_actor_which_may_die(bucket: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(CHILD_ENVIRONMENT, "RAY_AUTH_MODE", "disabled")
     with child(CLUSTER, bucket.format("cluster")) as process:
