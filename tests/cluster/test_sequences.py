@@ -84,10 +84,9 @@ def checkpoint(study_folder: StudyFolder) -> tuple[int, int]:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 200
+    """Until the test's own time is over."""
     while not condition():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "it took too long"
         time.sleep(0.05)
 
 
