@@ -57,12 +57,15 @@ def make_sequences(folder: Path, *, num_strings: int, epochs: int, replay: float
 
 
 def alone(study_folder: StudyFolder, trial_id: str, seeds: int = 1) -> subprocess.Popen[str]:
-    """The trial in a process of its own, which says what it measures."""
-    return subprocess.Popen(
-        study_folder.command("trial", trial_id, "-p", f"seeds={seeds}"),
-        stdout=subprocess.PIPE,
-        **study_folder.options(),
-    )
+    """The trial in a process of its own, which says what it measures: into a file, for a pipe would fill up."""
+    with said_alone(study_folder, trial_id).open("w") as said:
+        return subprocess.Popen(
+            study_folder.command("trial", trial_id, "-p", f"seeds={seeds}"), stdout=said, **study_folder.options()
+        )
+
+
+def said_alone(study_folder: StudyFolder, trial_id: str) -> Path:
+    return study_folder.folder / f"{trial_id}.jsonl"
 
 
 def assert_undisturbed(study_folder: StudyFolder, processes: Sequence[subprocess.Popen[str]], seeds: int = 1) -> None:
@@ -71,9 +74,9 @@ def assert_undisturbed(study_folder: StudyFolder, processes: Sequence[subprocess
     ledger = Ledger(str(study_folder.storage), sweep.name)
     for trial, process in zip(sweep.trials, processes, strict=True):
         folder = ledger.trial(trial.trial_id())
-        said, _ = process.communicate()
-        assert process.returncode == 0
-        assert folder.measurements()[0] == [json.loads(line) for line in said.splitlines()] == remeasured(trial, folder)
+        assert process.wait() == 0
+        said = said_alone(study_folder, trial.trial_id()).read_text().splitlines()
+        assert folder.measurements()[0] == [json.loads(line) for line in said] == remeasured(trial, folder)
     assert audit(sweep, ledger, f"sqlite:///{study_folder.database}") == []
 
 
