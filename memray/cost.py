@@ -159,7 +159,7 @@ def cost(spec: TrialSpec) -> Cost:
     """The expected cost of a trial."""
     device = accelerator(spec.compute.accelerator)
     model = shape(spec.model)
-    tokens = spec.strings.length + bool(spec.model.bos)
+    tokens = spec.num_tokens
     work = _sequence_work(spec) if spec.curriculum else _work(spec)
     one_pass = _forward_flops(model, tokens)
     backward = 2.0 if spec.model.lora is None else 1.0

@@ -61,7 +61,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class AlphabetIds:
-    """The alphabet as the model sees it.
+    """The alphabet as the model sees it; an empty one where targets are not symbols of any.
 
     Attributes:
         symbol_ids: Token id of each symbol.
@@ -70,6 +70,10 @@ class AlphabetIds:
 
     symbol_ids: Int[Tensor, " alphabet"]
     marginal: Float[Tensor, " alphabet"]
+
+    @classmethod
+    def none(cls) -> "AlphabetIds":
+        return cls(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
 
     def to(self, device: torch.device) -> "AlphabetIds":
         return AlphabetIds(self.symbol_ids.to(device), self.marginal.to(device))
@@ -103,6 +107,18 @@ class Batch:
             ids=self.ids[index],
             is_target=self.is_target[index],
             attention_mask=self.attention_mask[index],
+        )
+
+    def trimmed(self) -> "Batch":
+        """The batch without the columns that are padding in every row."""
+        longest = int(self.attention_mask.sum(1).max())
+        if longest == self.ids.shape[1]:
+            return self
+        return replace(
+            self,
+            ids=self.ids[:, :longest],
+            is_target=self.is_target[:, :longest],
+            attention_mask=self.attention_mask[:, :longest],
         )
 
     def to(self, device: torch.device | str) -> "Batch":

@@ -11,7 +11,14 @@ from functools import partial
 from memray.names import unknown_name
 
 TINY_LEARNING_RATE = 1e-3
-"""Default peak learning rate of the untrained `tiny` sizes (protocol §2)."""
+"""Default peak learning rate of the untrained tiny sizes (protocol §2)."""
+
+TEXT_SIZE = "tiny-text"
+"""The tiny size that reads any text, in pieces of words; "tiny" knows the built-in symbols alone."""
+
+# Of the two tokenizers of `models`: four special tokens, and every built-in symbol; or bytes and what they merge to.
+_NUM_CHARACTERS = 187
+_NUM_PIECES = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +62,7 @@ class Family:
             that way.
         ties_embeddings: Whether the head is the input embedding.
         learning_rate: Default peak rate of the pretrained sizes (protocol §2).
-        sizes: The sizes by name, smallest first; "tiny" is in each family.
+        sizes: The sizes by name, smallest first; "tiny" and "tiny-text" are in each family.
     """
 
     name: str
@@ -65,11 +72,6 @@ class Family:
     ties_embeddings: bool
     learning_rate: float
     sizes: Mapping[str, Size]
-
-    @property
-    def tiny(self) -> dict[str, object]:
-        """Arguments of the config class that build the `tiny` size."""
-        return self.config_arguments(self.sizes["tiny"])
 
     def config_arguments(self, size: Size) -> dict[str, object]:
         """Arguments of the config class that give a model of this size its shape."""
@@ -111,20 +113,26 @@ _COMMON_KEYS = {
 }
 
 
-def _tiny(*, num_parameters: int, intermediate_size: int = 512) -> Size:
-    return Size(
-        hub_id=None,
-        revision=None,
-        num_layers=4,
-        hidden_size=128,
-        num_heads=4,
-        intermediate_size=intermediate_size,
-        vocab_size=187,  # the character tokenizer of `models`: four special tokens and every built-in symbol
-        max_positions=2048,
-        num_parameters=num_parameters,
-        # Where the character tokenizer has them. The defaults of the config classes lie among the symbols.
-        config={"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
-    )
+def _tiny(*, num_parameters: int, parameters_per_token: int = 256, intermediate_size: int = 512) -> dict[str, Size]:
+    """The two sizes that need no hub; `num_parameters` is that of "tiny"."""
+    more = parameters_per_token * (_NUM_PIECES - _NUM_CHARACTERS)
+    vocabularies = {"tiny": (_NUM_CHARACTERS, 0), TEXT_SIZE: (_NUM_PIECES, more)}
+    return {
+        name: Size(
+            hub_id=None,
+            revision=None,
+            num_layers=4,
+            hidden_size=128,
+            num_heads=4,
+            intermediate_size=intermediate_size,
+            vocab_size=vocab_size,
+            max_positions=2048,
+            num_parameters=num_parameters + beside,
+            # Where the tokenizers have them. The defaults of the config classes lie among the symbols.
+            config={"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
+        )
+        for name, (vocab_size, beside) in vocabularies.items()
+    }
 
 
 def _public(
@@ -194,7 +202,7 @@ FAMILIES: dict[str, Family] = {
         ties_embeddings=False,
         learning_rate=1e-5,
         sizes={
-            "tiny": _tiny(num_parameters=841_216),
+            **_tiny(num_parameters=841_216),
             **_pythia("14m", 6, 128, 4, 14_067_712, deduped=False),
             **_pythia("31m", 6, 256, 8, 30_494_720, deduped=False),
             **_pythia("70m", 6, 512, 8, 70_426_624),
@@ -215,7 +223,7 @@ FAMILIES: dict[str, Family] = {
         ties_embeddings=False,
         learning_rate=1e-5,
         sizes={
-            "tiny": _tiny(num_parameters=840_379),
+            **_tiny(num_parameters=840_379, parameters_per_token=257),
             "1": _phi("microsoft/phi-1", "b9ac0e6d78d43970ecf88e9e0154b3a7da20ed89", 24, 2048, 32, 1_418_270_720),
             "1.5": _phi("microsoft/phi-1_5", "675aa382d814580b22651a30acb1a585d7c25963", 24, 2048, 32, 1_418_270_720),
             "2": _phi("microsoft/phi-2", "ef382358ec9e382308935a992d908de099b64c23", 32, 2560, 32, 2_779_683_840),
@@ -230,7 +238,7 @@ FAMILIES: dict[str, Family] = {
         learning_rate=5e-6,
         sizes={
             # Gated: three matrices of this width hold what two of 512 do in the other families.
-            "tiny": _tiny(num_parameters=839_552, intermediate_size=344),
+            **_tiny(num_parameters=839_552, intermediate_size=344),
             "7b": _llama2(
                 "meta-llama/Llama-2-7b-hf",
                 "01c7f73d771dfac7d292323805ebc428287df4f9",
@@ -266,7 +274,7 @@ FAMILIES: dict[str, Family] = {
         ties_embeddings=True,
         learning_rate=1e-5,
         sizes={
-            "tiny": _tiny(num_parameters=1_079_424),
+            **_tiny(num_parameters=1_079_424, parameters_per_token=128),
             "124m": _gpt2(
                 "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e", 12, 768, 12, 124_439_808
             ),
@@ -290,7 +298,7 @@ FAMILIES: dict[str, Family] = {
         ties_embeddings=True,
         learning_rate=5e-6,
         sizes={
-            "tiny": _tiny(num_parameters=1_079_680),
+            **_tiny(num_parameters=1_079_680, parameters_per_token=128),
             "125m": _opt("facebook/opt-125m", "27dcfa74d334bc871f3234de431e71c6eeba5dd6", 12, 768, 12, 125_239_296),
             # The odd one out: post-norm, and embeddings of half the width.
             "350m": _opt(

@@ -106,12 +106,23 @@ def learning_rate(step: int, num_steps: int, training: TrainingSpec) -> float:
 def parts(batch: Batch, size: int) -> list[Batch]:
     """The batch in order, `size` strings at a time."""
     rows = np.arange(len(batch.ids))
-    return [batch.of(rows[begin : begin + size]) for begin in range(0, len(rows), size)]
+    return [batch.of(rows[begin : begin + size]).trimmed() for begin in range(0, len(rows), size)]
 
 
 def scoring_passes(batch: Batch) -> list[Batch]:
-    """Any number of strings, a bounded number of tokens at a time."""
-    return parts(batch, max(1, TOKENS_PER_SCORING_PASS // batch.ids.shape[1]))
+    """Any number of strings in order, a bounded number of tokens at a time.
+
+    Whoever sorts them with the longest first gets passes that are full, and the same ones from every beginning and
+    from every selection of whole passes.
+    """
+    begins, longest = [0], 0
+    for row, length in enumerate(batch.attention_mask.sum(1).tolist()):
+        longest = max(longest, length)
+        if row > begins[-1] and (row - begins[-1] + 1) * longest > TOKENS_PER_SCORING_PASS:
+            begins.append(row)
+            longest = length
+    rows = np.arange(len(batch.ids))
+    return [batch.of(own).trimmed() for own in np.split(rows, begins[1:])]
 
 
 def finetune(
@@ -162,14 +173,38 @@ def finetune(
         yield epoch, scores
         if is_last:
             return
-        order = np.random.default_rng(np.random.SeedSequence([order_seed, epoch])).permutation(num_strings)
-        for k in range(steps_per_epoch):
-            rows = order[k * strings_per_step : (k + 1) * strings_per_step]
-            rate = learning_rate(first_step + epoch * steps_per_epoch + k, num_steps, training)
-            own = batch.of(np.sort(rows))
-            engine.step(own if others is None else own.beside(others), rate)
+        done = first_step + epoch * steps_per_epoch
+        train_epoch(
+            engine, batch, training, epoch, order_seed=order_seed, done=done, num_steps=num_steps, others=others
+        )
     before_epoch(training.epochs)
     yield training.epochs, engine.score(batch)
+
+
+def train_epoch(
+    engine: Engine,
+    batch: Batch,
+    training: TrainingSpec,
+    epoch: int,
+    *,
+    order_seed: int,
+    done: int,
+    num_steps: int,
+    others: Batch | None = None,
+) -> None:
+    """Trains on all strings of the batch once, in an order of the epoch's own.
+
+    Args:
+        done: Optimiser steps that the schedule has behind it,
+        num_steps: of so many in all.
+        others: Strings that each step trains beside its own.
+    """
+    order = np.random.default_rng(np.random.SeedSequence([order_seed, epoch])).permutation(len(batch.ids))
+    size = training.strings_per_step or len(order)
+    for k, begin in enumerate(range(0, len(order), size)):
+        own = batch.of(np.sort(order[begin : begin + size])).trimmed()
+        rate = learning_rate(done + k, num_steps, training)
+        engine.step(own if others is None else own.beside(others), rate)
 
 
 class Verdict:
@@ -252,7 +287,9 @@ class TorchEngine:
         columns: list[LogitColumns] = []
         for part in chunks(len(target_ids), vocabulary_size(head)):
             logits = fp32_logits(head, leaf[part])
-            loss = nn.functional.cross_entropy(logits, target_ids[part], reduction="sum") / num_targets
+            smoothing = self.training.label_smoothing
+            loss = nn.functional.cross_entropy(logits, target_ids[part], reduction="sum", label_smoothing=smoothing)
+            loss = loss / num_targets
             loss.backward()
             with torch.no_grad():
                 columns.append(score_logits(logits.detach(), target_ids[part], batch.alphabet or self.alphabet))

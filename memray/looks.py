@@ -18,6 +18,7 @@ from memray.encoding import Batch
 from memray.finetune import Engine, parts, scoring_passes
 from memray.material import Material
 from memray.measures.prefix import ContextScores
+from memray.samples import Samples
 from memray.scoring import TokenScores
 from memray.spec import TrialSpec
 from memray.strings import Stream
@@ -36,7 +37,7 @@ class Looker:
     """
 
     spec: TrialSpec
-    material: Material
+    material: Material | Samples
     score: Callable[[Batch], TokenScores]
     repeat: Callable[[Sequence[Batch]], TokenScores] | None
     model: nn.Module | None
@@ -50,6 +51,14 @@ class Question(Protocol):
     def epoch(self) -> int: ...
 
     def answer(self, looker: Looker) -> Any: ...
+
+    def split(self, number: int) -> "Sequence[Question]":
+        """The same in at most so many shares, for as many to answer."""
+        ...
+
+    def join(self, answers: Sequence[Any]) -> Any:
+        """The answer to the whole, from those to its shares."""
+        ...
 
 
 class Looked(NamedTuple):
@@ -66,8 +75,19 @@ class Looked(NamedTuple):
     context: Mapping[str, ContextScores] = MappingProxyType({})
 
 
+class Undivided:
+    """A question that one alone answers."""
+
+    def split(self, number: int) -> "Sequence[Question]":
+        return [self]  # type: ignore[list-item]
+
+    def join(self, answers: Sequence[Any]) -> Any:
+        (answer,) = answers
+        return answer
+
+
 @dataclass(frozen=True)
-class EpochQuestion:
+class EpochQuestion(Undivided):
     """What is asked at a probe epoch of a trial without a curriculum."""
 
     epoch: int
@@ -75,6 +95,7 @@ class EpochQuestion:
 
     def answer(self, looker: Looker) -> Looked:
         spec, material = looker.spec, looker.material
+        assert isinstance(material, Material)
         held_out = None if material.held_out is None else looker.score(material.held_out)
         trained = looker.repeat(forwards_of_epoch(spec, material.trained, self.epoch)) if looker.repeat else None
         if not self.with_context:
@@ -123,7 +144,7 @@ class OwnProber:
     """
 
     spec: TrialSpec
-    material: Material
+    material: Material | Samples
     model: nn.Module | None
 
     def look(self, question: Question, engine: Engine) -> Look:

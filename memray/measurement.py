@@ -28,7 +28,7 @@ from memray.strings import Source, empirical_entropy_bits, zlib_bits_per_symbol
 TRAINED, HELD_OUT = "trained", "held_out"
 
 # Set when a definition changes, and written with every result: numbers under different versions are not compared.
-MEASURE_VERSIONS = {"recall": 1, "phases": 1, "order": 1, "extraction": 1, "context": 1}
+MEASURE_VERSIONS = {"recall": 1, "phases": 1, "order": 1, "extraction": 1, "context": 1, "match": 1}
 
 # What tells the permutations of the order from other random numbers of the same seeds.
 _ORDER_STREAM = 2
@@ -46,6 +46,8 @@ class Measurement:
         context: What the context probe showed, by role.
         weights: The model's weights at this epoch, where the spec keeps them.
         matrix: Of a curriculum: the recall of every string that was looked at since the last measurement.
+        samples: Of a corpus: every sample, with the scores behind its measures,
+        corpus: and the digest of its token ids, with what was left out and what occurs more than once.
         num_trained: Targets that were trained since the last measurement.
         scored_s: When the trained strings were scored, by a clock of the process that trained them.
     """
@@ -59,6 +61,8 @@ class Measurement:
     context: Mapping[str, ContextScores] = field(default_factory=dict, repr=False)
     weights: Mapping[str, ndarray] | None = field(default=None, repr=False)
     matrix: pa.Table | None = field(default=None, repr=False)
+    samples: pa.Table | None = field(default=None, repr=False)
+    corpus: Mapping[str, Any] | None = field(default=None, repr=False)
     num_trained: int = field(default=0, repr=False)
     scored_s: float = field(default=0.0, repr=False, compare=False)
 
@@ -309,8 +313,17 @@ def context_table(measurements: Sequence[Measurement]) -> pa.Table:
 
 def matrix_table(measurements: Sequence[Measurement]) -> pa.Table:
     """The recall matrix of some stages of a curriculum, one row a string and look."""
-    parts = [each.matrix for each in measurements if each.matrix is not None]
-    return pa.concat_tables(parts) if parts else pa.table({})
+    return _joined([each.matrix for each in measurements])
+
+
+def samples_table(measurements: Sequence[Measurement]) -> pa.Table:
+    """The samples of a corpus at some epochs, one row a sample and epoch."""
+    return _joined([each.samples for each in measurements])
+
+
+def _joined(parts: Sequence[pa.Table | None]) -> pa.Table:
+    tables = [part for part in parts if part is not None]
+    return pa.concat_tables(tables) if tables else pa.table({})
 
 
 def _score_table(parts: Sequence[tuple[int, str, TokenScores | ContextScores]], names: tuple[str, ...]) -> pa.Table:

@@ -14,7 +14,7 @@ import transformers
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from numpy import ndarray
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from memray.families import family, size
+from memray.families import TEXT_SIZE, family, size
 from memray.spec import LoraSpec, ModelSpec
 from memray.strings import ALPHABETS
 
@@ -43,6 +43,25 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
+    return _fast(tokenizer)
+
+
+def text_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of the tiny sizes that read text: bytes, and the pieces that `pieces.txt` merges them to.
+
+    Every text is pieces, and reads as itself again. The merges were learned once, from the glosses of WordNet 3.0 and
+    the source of Python's standard library, and never change: models of this size would read other ids.
+    """
+    pairs = (Path(__file__).parent / "pieces.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    merges = [(left, right) for left, right in (pair.split(" ") for pair in pairs)]
+    tokens = [*_SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(left + right for left, right in merges)]
+    tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _fast(tokenizer)
+
+
+def _fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<bos>",
@@ -53,13 +72,13 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model: of its directory, of its hub repository, or of characters.
+    """The tokenizer that belongs to a model: of its directory, of its hub repository, or a built-in one.
 
     Raises:
         ValueError: If it cannot be read.
     """
     if _is_built_in(spec):
-        return character_tokenizer()
+        return text_tokenizer() if spec.size == TEXT_SIZE else character_tokenizer()
     where, revision = _location(spec)
     with _readable(where, revision):
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
@@ -215,7 +234,8 @@ def _config(spec: ModelSpec) -> PreTrainedConfig:
     """The model's config, with the spec's dropout and without a cache, which training has no use for."""
     if _is_built_in(spec) and not spec.pretrained:
         known = family(spec.family)
-        config = getattr(transformers, known.config_class)(**known.tiny)
+        arguments = known.config_arguments(size(spec.family, spec.size))
+        config = getattr(transformers, known.config_class)(**arguments)
     else:
         where, revision = _location(spec)
         with _readable(where, revision):

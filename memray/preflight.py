@@ -57,11 +57,10 @@ def _check_files(trial: TrialSpec) -> None:
 
     config = json.loads((Path(trial.model.path) / "config.json").read_text())  # `check_fits` has read it
     longest = config.get("max_position_embeddings", config.get("n_positions"))
-    needed = trial.strings.length + bool(trial.model.bos)
-    if longest is not None and needed > longest:
+    if longest is not None and trial.num_tokens > longest:
         raise ValueError(
-            f"the model in {trial.model.path} reads at most {longest} tokens, but strings.length="
-            f"{trial.strings.length} with bos={trial.model.bos} needs {needed}; shorten them or take another model"
+            f"the model in {trial.model.path} reads at most {longest} tokens, but a string of this trial has "
+            f"{trial.num_tokens}, BOS included; shorten them or take another model"
         )
     if trial.model.pretrained:
         check_weight_files(Path(trial.model.path))

@@ -18,7 +18,7 @@ import pyarrow as pa
 from memray.curriculum import BEFORE, Stage, num_replayed, strings_to_look_at
 from memray.encoding import Batch, encode
 from memray.finetune import Engine, finetune, learning_rate, scoring_passes
-from memray.looks import Keeper, Look, Looker, Prober, check_second_scores
+from memray.looks import Keeper, Look, Looker, Prober, Undivided, check_second_scores
 from memray.material import Material
 from memray.measurement import KnownString, Measurement, Stopper
 from memray.scoring import TokenScores
@@ -86,7 +86,7 @@ class SequenceAnswer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SequenceQuestion:
+class SequenceQuestion(Undivided):
     """Which strings are looked at.
 
     Attributes:
@@ -108,6 +108,7 @@ class SequenceQuestion:
 
     def answer(self, looker: Looker) -> SequenceAnswer:
         parts: list[Block] = []
+        assert isinstance(looker.material, Material)
         for source, asked in enumerate(self.asked):
             material = _of_source(looker.material, source)
             if material is not None:
@@ -124,6 +125,7 @@ def _of_source(material: Material, source: int) -> Material | None:
 
 def _recall(looker: Looker, material: Material, asked: Sequence[int], source: int) -> Iterator[Block]:
     """Strings and held-out strings of one source, scored together."""
+    assert isinstance(looker.material, Material)
     batch, number = own_batch(looker.material, asked, source), len(asked)
     assert material.held_out is not None  # the spec asks for some
     scores = looker.score(batch.beside(material.held_out) if number else _of(material.held_out, material, source))

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from memray import families
 from memray.compute import UNHASHED, ComputeSpec
+from memray.corpora import NUM_RESERVED, CorpusSpec, RowsSpec
 from memray.curriculum import CurriculumSpec, OtherSpec, Stage
 from memray.part import NOT_HASHED, Part, Positive, Seed, canonical_json, digest, identity_of
 from memray.probes import ProbesSpec, RetentionSpec
@@ -248,8 +249,8 @@ class ModelSpec(Part):
 
     Attributes:
         family: One of the family table.
-        size: A public size of the family, or "tiny": its own config class at 4 layers x 128 with a character
-            tokenizer, which needs no download.
+        size: A public size of the family, or one that needs no download: its own config class at 4 layers x 128, as
+            "tiny" with a tokenizer of characters, as "tiny-text" with one that reads any text.
         pretrained: Start from the published weights; otherwise from random ones of the same config.
         path: A directory written by `save_pretrained`, which then stands for the hub repository.
         revision: A hub revision, e.g. a Pythia checkpoint such as "step1000"; None is the pinned one.
@@ -331,10 +332,11 @@ class TrainingSpec(Part):
 
     Attributes:
         epochs: Of a curriculum, those of a stage. None means 100 for pretrained and 300 for untrained models.
-        strings_per_step: Strings an optimiser step; 0 means all of them.
-        learning_rate: Peak rate; None takes the family's, or 1e-3 at the untrained tiny size.
+        strings_per_step: Strings an optimiser step, of a corpus its rows; 0 means all of them.
+        learning_rate: Peak rate; None takes the family's, or 1e-3 at the untrained tiny sizes.
         warmup_steps: Optimiser steps of linear warm-up before the schedule begins.
         clip_norm: Largest gradient norm; 0 switches clipping off.
+        label_smoothing: Share of each target's weight that is spread over the whole vocabulary.
         strings_per_forward: Gradient accumulation: strings a forward pass inside one optimiser step; 0 means
             all of the step.
         frozen_blocks: Blocks (from 0) whose weights stay as they were.
@@ -354,6 +356,7 @@ class TrainingSpec(Part):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     gradient_checkpointing: bool = False
     stop_when: StopWhen | None = None
     frozen_blocks: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -372,9 +375,13 @@ class TrainingSpec(Part):
 
 
 class TrialSpec(Part):
-    """One grid cell and replicate: everything that is trained, and the probes that look at it."""
+    """One grid cell and replicate: everything that is trained, and the probes that look at it.
+
+    What is trained are strings, unless a corpus is named.
+    """
 
     strings: StringsSpec = StringsSpec()
+    corpus: CorpusSpec | None = None
     model: ModelSpec = ModelSpec()
     training: TrainingSpec = TrainingSpec()
     compute: ComputeSpec = ComputeSpec()
@@ -387,21 +394,24 @@ class TrialSpec(Part):
     @model_validator(mode="after")
     def _whole(self) -> "TrialSpec":
         self._resolve_training()
+        self._check_corpus()
         self._check_length()
         self._check_vocabulary()
         self._check_curriculum()
         self._check_steps()
         self._check_frozen()
-        if self.probes.compared_strings > self.strings.num_strings:
+        available = self.strings.num_strings if self.corpus is None else self.corpus.num_samples
+        if self.probes.compared_strings > available:
+            what = "strings.num_strings" if self.corpus is None else "corpus.num_samples"
             raise ValueError(
-                f"probes.compared_strings must be at most strings.num_strings, but got {self.probes.compared_strings} "
-                f"> {self.strings.num_strings}; compare fewer strings"
+                f"probes.compared_strings must be at most {what}, but got {self.probes.compared_strings} > "
+                f"{available}; compare fewer"
             )
         return self
 
     def _resolve_training(self) -> None:
         training, model = self.training, self.model
-        untrained_tiny = model.size == "tiny" and not model.pretrained
+        untrained_tiny = families.size(model.family, model.size).hub_id is None and not model.pretrained
         rate = families.TINY_LEARNING_RATE if untrained_tiny else families.family(model.family).learning_rate
         missing = {"epochs": 100 if model.pretrained else 300, "learning_rate": rate}
         filled = {name: value for name, value in missing.items() if getattr(training, name) is None}
@@ -412,16 +422,39 @@ class TrialSpec(Part):
             object.__setattr__(training, name, value)
         object.__setattr__(self, "training", training)
 
+    def _check_corpus(self) -> None:
+        if self.corpus is None:
+            return
+        if self.model.path is None and self.model.size == "tiny":
+            raise ValueError(
+                f"a corpus needs a tokenizer that reads text, but {self.model.family} tiny has one of symbols; take "
+                f"model.size={families.TEXT_SIZE!r}, or a public size"
+            )
+        refused = {
+            "strings, for it trains samples": self.strings != StringsSpec(),
+            "curriculum": self.curriculum is not None,
+            "probes.context": self.probes.context is not None,
+            "training.stop_when": self.training.stop_when is not None,
+            f"more than {NUM_RESERVED} probes.num_held_out, which a generator has": (
+                self.probes.num_held_out > NUM_RESERVED and self.corpus.rows.generator is not None
+            ),
+        }
+        if any(refused.values()):
+            named = ", ".join(name for name, is_set in refused.items() if is_set)
+            raise ValueError(f"a trial with a corpus must go without {named}; leave that out")
+
     def _check_length(self) -> None:
         if self.model.path is not None:
             return  # the directory's own config says; models.py checks it
-        needed = self.strings.length + bool(self.model.bos)
         longest = families.size(self.model.family, self.model.size).max_positions
-        if needed > longest:
+        if self.num_tokens > longest:
+            if self.corpus is not None:
+                stated = f"corpus.max_tokens={self.corpus.max_tokens} in samples_per_row={self.corpus.samples_per_row}"
+            else:
+                stated = f"strings.length={self.strings.length} with bos={self.model.bos}"
             raise ValueError(
-                f"{self.model.family} {self.model.size} reads at most {longest} tokens, but strings.length="
-                f"{self.strings.length} with bos={self.model.bos} needs {needed}; shorten the strings or take another "
-                "model"
+                f"{self.model.family} {self.model.size} reads at most {longest} tokens, but {stated} needs "
+                f"{self.num_tokens}; shorten them or take another model"
             )
 
     def _check_vocabulary(self) -> None:
@@ -477,6 +510,7 @@ class TrialSpec(Part):
         strings, step = self.strings_together, self.training.strings_per_step or self.strings_together
         if strings % step:
             whole = "strings.num_strings" if self.curriculum is None else "curriculum.strings_per_stage"
+            whole = whole if self.corpus is None else "the rows that an epoch of the corpus shows"
             raise ValueError(
                 f"training.strings_per_step must divide {whole}, so that every step of an epoch is the same "
                 f"size, but got {step} and {strings}; take a divisor, or 0 for all strings"
@@ -541,8 +575,17 @@ class TrialSpec(Part):
 
     @property
     def strings_together(self) -> int:
-        """Strings that are trained together: all, or those of a stage."""
+        """Strings that are trained together: all, or those of a stage. Of a corpus, the rows of an epoch."""
+        if self.corpus is not None:
+            return self.corpus.num_rows_shown // self.corpus.samples_per_row
         return self.curriculum.strings_per_stage if self.curriculum else self.strings.num_strings
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a model reads of a string at once, with its BOS; of a corpus, of a row at most."""
+        if self.corpus is not None:
+            return self.corpus.max_tokens * self.corpus.samples_per_row
+        return self.strings.length + bool(self.model.bos)
 
     @property
     def num_epochs(self) -> int:
@@ -600,7 +643,8 @@ class TrialSpec(Part):
         stands there too, because the uniform source is the upper end of each of them. So do the conditional entropy and
         the order of symbols that depend on nothing.
         """
-        excluded = {"probes": True, "compute": set(UNHASHED), "strings": {"path"}}
+        unhashed = {"rows": {"path"}, "foreign": {"path"}}
+        excluded = {"probes": True, "compute": set(UNHASHED), "strings": {"path"}, "corpus": unhashed}
         flat = _flatten(self.model_dump(mode="json", exclude=excluded))
         entropy_bits, conditional_bits = self.strings.nominal_entropy_bits, self.strings.conditional_entropy_bits
         conditional_bits = entropy_bits if conditional_bits is None else conditional_bits
@@ -623,16 +667,23 @@ class TrialSpec(Part):
             ("training.stop_when", StopWhen),
             ("curriculum", CurriculumSpec),
             ("curriculum.other", OtherSpec),
+            ("corpus", CorpusSpec),
+            ("corpus.rows", RowsSpec),
+            ("corpus.foreign", RowsSpec),
         ):
             if flat.pop(name, "") == "none":
-                flat.update({f"{name}.{key}": "none" for key in part.model_fields})
+                flat.update({f"{name}.{key}": "none" for key in part.model_fields if key != "path"})
+        if self.corpus is not None:
+            flat.update({name: "none" for name in flat if name.startswith("strings.")})
         return {name: _shortened(value) for name, value in sorted(flat.items())}
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, item in value.items():
-        if isinstance(item, dict):
+        if key == "options":  # which there are hangs on the generator: one param for all of them
+            flat[prefix + key] = ",".join(f"{name}={option}" for name, option in item.items()) or "none"
+        elif isinstance(item, dict):
             flat |= _flatten(item, f"{prefix}{key}.")
         elif isinstance(item, list):
             flat[prefix + key] = ",".join(map(str, item))

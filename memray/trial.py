@@ -16,12 +16,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from memray.accelerators import accelerator
+from memray.corpus_trial import measure_corpus
 from memray.finetune import Engine, TorchEngine, finetune
 from memray.looks import EpochQuestion, Keeper, Look, Looked, OwnProber, Prober, check_second_scores, has_context
 from memray.material import Material, prepare
 from memray.measurement import Measurement, Measurer, Stopper, read_scores
 from memray.models import check_context, freeze_blocks, load_model
 from memray.pretraining import pretrain_in_context
+from memray.samples import Samples, prepare_samples
 from memray.scoring import AlphabetIds, TokenScores
 from memray.sequence import measure_sequence
 from memray.spec import ModelSpec, TrialSpec
@@ -113,6 +115,15 @@ def make_torch_engine(spec: TrialSpec, model: nn.Module, alphabet: AlphabetIds, 
     return TorchEngine(model.to(device), alphabet, spec.training, device, precision=spec.compute.precision or "fp32")
 
 
+def prepare_trial(spec: TrialSpec) -> Material | Samples:
+    """What a trial trains: strings, or the samples of its corpus.
+
+    Raises:
+        ValueError: If it is not to be had.
+    """
+    return prepare(spec) if spec.corpus is None else prepare_samples(spec)
+
+
 # --- one trial -------------------------------------------------------------------------------------------------
 
 
@@ -140,13 +151,15 @@ def run_trial(
         ValueError: If the device, the model or the alphabet is not to be had.
     """
     device = set_device(spec)
-    material = prepare(spec)
+    material = prepare_trial(spec)
     model = (shelf or ModelShelf()).model(spec, device)
     check_context(model, material.trained.ids.shape[1])
     if spec.model.lora is None:
         freeze_blocks(model, spec.training.frozen_blocks)
     engine = make_engine(spec, model, material.alphabet, device)
     prober = prober or OwnProber(spec, material, model if spec.compute.engine == "torch" else None)
+    if isinstance(material, Samples):
+        return measure_corpus(spec, material, engine, prober=prober, keeper=keeper)
     if spec.curriculum is not None:
         return measure_sequence(spec, material, engine, prober=prober, keeper=keeper)
     return measure_while_training(spec, material, engine, prober=prober, keeper=keeper)

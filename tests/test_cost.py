@@ -147,7 +147,7 @@ def test_a_public_model_takes_about_six_operations_a_parameter_and_token(
 def saved(directory: Path, name: str, **config: Any) -> str:
     """A random model with its tokenizer, as save_pretrained writes them."""
     known = family(name)
-    made = getattr(transformers, known.config_class)(**(known.tiny | config))
+    made = getattr(transformers, known.config_class)(**(known.config_arguments(known.sizes["tiny"]) | config))
     with torch.random.fork_rng(devices=[]):
         transformers.AutoModelForCausalLM.from_config(made).save_pretrained(directory)
     character_tokenizer().save_pretrained(directory)

@@ -40,7 +40,7 @@ def test_a_size_has_exactly_the_parameters_that_the_table_says(family_name: str,
 def test_the_table_holds_every_public_size():
     pythia = ["14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b"]
     deduped = [f"{name}-deduped" for name in pythia[2:]]
-    assert {name: set(known.sizes) - {"tiny"} for name, known in FAMILIES.items()} == {
+    assert {name: set(known.sizes) - {"tiny", "tiny-text"} for name, known in FAMILIES.items()} == {
         "pythia": {*pythia, *deduped},
         "phi": {"1", "1.5", "2"},
         "llama2": {"7b", "13b"},
@@ -50,16 +50,16 @@ def test_the_table_holds_every_public_size():
 
 
 @pytest.mark.parametrize("known", FAMILIES.values(), ids=lambda known: known.name)
-def test_every_family_has_a_tiny_size_of_four_layers_by_128_that_needs_no_hub(known: Family):
-    tiny = known.sizes["tiny"]
-    assert (tiny.num_layers, tiny.hidden_size, tiny.num_heads, tiny.max_positions) == (4, 128, 4, 2048)
-    assert tiny.hub_id is None
-    assert tiny.revision is None
+def test_every_family_has_tiny_sizes_of_four_layers_by_128_that_need_no_hub(known: Family):
+    for tiny in (known.sizes["tiny"], known.sizes["tiny-text"]):
+        assert (tiny.num_layers, tiny.hidden_size, tiny.num_heads, tiny.max_positions) == (4, 128, 4, 2048)
+        assert tiny.hub_id is None
+        assert tiny.revision is None
 
 
 @pytest.mark.parametrize("known", FAMILIES.values(), ids=lambda known: known.name)
 def test_every_public_size_names_a_pinned_revision_of_its_own_repository(known: Family):
-    public = [each for name, each in known.sizes.items() if name != "tiny"]
+    public = [each for name, each in known.sizes.items() if not name.startswith("tiny")]
     assert all(each.revision not in (None, "main") for each in public)
     assert len({each.hub_id for each in public}) == len(public)
 
@@ -87,5 +87,5 @@ def test_an_unknown_size_is_answered_with_the_nearest_one():
     with pytest.raises(ValueError, match="unknown size") as raised:
         size("gpt2", "125m")
     assert str(raised.value) == (
-        "unknown size of gpt2 '125m'; did you mean '124m'? sizes: tiny, 124m, 355m, 774m, 1.5b"
+        "unknown size of gpt2 '125m'; did you mean '124m'? sizes: tiny, tiny-text, 124m, 355m, 774m, 1.5b"
     )

@@ -10,16 +10,19 @@ import safetensors.torch
 import torch
 import transformers
 from huggingface_hub import constants
+from hypothesis import given
+from hypothesis.strategies import text
 from transformers import PreTrainedModel
 
 from memray.families import FAMILIES
-from memray.models import character_tokenizer, check_context, load_model, load_tokenizer
+from memray.models import character_tokenizer, check_context, load_model, load_tokenizer, text_tokenizer
 from memray.spec import LoraSpec, ModelSpec
 from memray.strings import ALPHABETS
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 TEXT = torch.arange(4, 30)[None]
+GOLDEN_PIECES = [279, 1068, 426, 361, 721, 1480, 432, 382, 368, 566]
 
 
 def tiny(family: str = "pythia", **fields: object) -> ModelSpec:
@@ -43,16 +46,34 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(input_ids=TEXT).logits
 
 
+# Tokenizers that need no download.
+
+
+@given(text())
+def test_every_text_is_pieces_and_reads_as_itself_again(words: str):
+    tokenizer = text_tokenizer()
+    ids = tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert not {*ids} & {*tokenizer.all_special_ids}
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == words
+
+
+def test_the_pieces_never_change():
+    ids = text_tokenizer()("an entity that has physical existence", add_special_tokens=False)["input_ids"]
+    assert ids == GOLDEN_PIECES
+
+
 # Tiny models and their seeds.
 
 
 @each_family
-def test_a_tiny_model_has_the_familys_own_class_and_the_tables_shape(family: str):
-    model = load_model(tiny(family), seed=0)
-    size = FAMILIES[family].sizes["tiny"]
+@pytest.mark.parametrize("name", ["tiny", "tiny-text"])
+def test_a_tiny_model_has_the_familys_own_class_and_the_tables_shape(family: str, name: str):
+    spec = ModelSpec(family=family, size=name)
+    model = load_model(spec, seed=0)
+    size = FAMILIES[family].sizes[name]
     assert type(model.config).__name__ == FAMILIES[family].config_class
     assert model.num_parameters() == size.num_parameters
-    assert logits(model).shape[-1] == size.vocab_size == len(character_tokenizer())
+    assert logits(model).shape[-1] == size.vocab_size == len(load_tokenizer(spec))
     assert model.config._attn_implementation == "sdpa"
     assert model.config.use_cache is False
     assert not model.training

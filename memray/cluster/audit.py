@@ -13,6 +13,7 @@ from memray.cluster.ledger import Ledger, TrialFolder
 from memray.cluster.tracking import cell_measurements, points, shown
 from memray.material import known_strings, source_of
 from memray.measurement import remeasure
+from memray.sample_measurement import remeasure_samples
 from memray.sequence_measurement import BASE, OTHER, SequenceMeasurer, remeasure_sequence
 from memray.spec import ProbesSpec, TrialSpec
 from memray.sweep import Sweep
@@ -73,6 +74,10 @@ def _in_ledger(trial: TrialSpec, folder: TrialFolder) -> Iterator[str]:
             yield f"its stages should be 0 before training and then 0 to {number - 1}, each once, but are {stages[:20]}"
         return
     epochs = [each["epoch"] for each in measurements]
+    if trial.corpus is not None:
+        if epochs != sorted({*epochs}) or epochs[-1:] != [trial.num_epochs]:
+            yield f"its probe epochs should ascend and end with {trial.num_epochs}, but are {epochs[:20]}"
+        return
     if epochs != list(range(len(epochs))):
         yield f"its epochs should be 0 to {len(epochs) - 1}, each once, but are {epochs[:20]}"
 
@@ -132,6 +137,8 @@ def remeasured(trial: TrialSpec, folder: TrialFolder) -> list[dict[str, Any]]:
     spec = trial.model_copy(update={"probes": probes})
     if spec.curriculum is not None:
         return [each.record() for each in remeasure_sequence(_sequence_measurer(spec), folder.matrix())]
+    if spec.corpus is not None:
+        return [each.record() for each in remeasure_samples(spec, folder.samples())]
     tokens, strings = folder.tokens(), folder.strings()
     symbol_ids = np.array(strings["symbol_ids"][0].as_py())  # the same for every string of a trial
     source = source_of(spec)

@@ -62,9 +62,10 @@ class ScoredLoss(nn.Module):
     One module, because ZeRO-3 gathers and releases weights by the calls of the module that it was given.
     """
 
-    def __init__(self, model: nn.Module, alphabet: AlphabetIds) -> None:
+    def __init__(self, model: nn.Module, alphabet: AlphabetIds, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.model = model
+        self.label_smoothing = label_smoothing
         self.alphabet = alphabet
         self.columns: dict[int, LogitColumns] = {}
 
@@ -93,7 +94,7 @@ class ScoredLoss(nn.Module):
         if start not in self.columns:
             with torch.no_grad():
                 self.columns[start] = score_logits(logits.detach(), target_ids, alphabet)
-        return nn.functional.cross_entropy(logits, target_ids, reduction="sum")
+        return nn.functional.cross_entropy(logits, target_ids, reduction="sum", label_smoothing=self.label_smoothing)
 
     def scores(self, batch: Batch) -> TokenScores:
         """The scores of the last forward pass."""
@@ -153,7 +154,7 @@ class DeepSpeedEngine:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.model = model
-        self.scored_loss = ScoredLoss(model, alphabet.to(device))
+        self.scored_loss = ScoredLoss(model, alphabet.to(device), spec.training.label_smoothing)
         self.communication_log = CommunicationLog(self.world)
         self.communication_log.install()
         engine, *_ = deepspeed.initialize(
@@ -187,7 +188,9 @@ class DeepSpeedEngine:
     def _shares(self, batch: Batch) -> list[Batch]:
         """What each worker computes of a step; one share where all of them compute all of it."""
         rows = np.arange(len(batch.ids))
-        return [batch] if len(rows) < self.world else [batch.of(own) for own in np.array_split(rows, self.world)]
+        return (
+            [batch] if len(rows) < self.world else [batch.of(own).trimmed() for own in np.array_split(rows, self.world)]
+        )
 
     def _forward(self, batch: Batch, weight: float = 1.0, *, backward: bool = False) -> TokenScores:
         loss = self.engine(batch.to(self.device))

@@ -47,7 +47,7 @@ from memray.cluster.storage import ClaimsAuthority, ObjectStorage, open_storage
 
 Json = dict[str, Any]
 # The kinds of records beside the measurements.
-TABLES = ("tokens", "strings", "context", "matrix")
+TABLES = ("tokens", "strings", "context", "matrix", "samples")
 State = Literal["planned", "running", "failed", "finished"]
 
 
@@ -423,6 +423,10 @@ class TrialFolder:
         """The recall matrix of a curriculum in the order of appending; a table without columns if there is none."""
         return self._table("matrix")
 
+    def samples(self) -> pa.Table:
+        """All records of samples in the order of appending; a table without columns if there are none."""
+        return self._table("samples")
+
     def _table(self, kind: str) -> pa.Table:
         end, finished = self._committed()
         return self._read_tables(kind, end, None if finished is None else set(finished.files))
@@ -669,6 +673,7 @@ class Writer:
         strings: pa.Table | None = None,
         context: pa.Table | None = None,
         matrix: pa.Table | None = None,
+        samples: pa.Table | None = None,
     ) -> None:
         """Commit one segment: all of it becomes visible to readers at once, or nothing.
 
@@ -681,6 +686,7 @@ class Writer:
             strings: Per-string records that belong to them.
             context: Records of the context probe that belong to them.
             matrix: Rows of the recall matrix that belong to them.
+            samples: Records of the samples of a corpus that belong to them.
 
         Raises:
             ValueError: If a measurement is no JSON, or holds nan or infinity.
@@ -688,7 +694,7 @@ class Writer:
             StorageError: If the storage cannot be written.
         """
         lines = [_encode(line, f"measurement {index}") + b"\n" for index, line in enumerate(measurements)]
-        given = dict(zip(TABLES, (tokens, strings, context, matrix), strict=True))
+        given = dict(zip(TABLES, (tokens, strings, context, matrix, samples), strict=True))
         tables = {kind: table for kind, table in given.items() if table is not None and table.num_columns}
         if not lines and not tables:
             return

@@ -21,11 +21,12 @@ from numpy import ndarray
 from memray.encoding import Batch
 from memray.finetune import Engine, as_tensor, lower_weights, scoring_passes
 from memray.looks import Look, Looker, Question, Ready
-from memray.material import Material, prepare
+from memray.material import Material
 from memray.models import load_model
+from memray.samples import Samples
 from memray.scoring import TokenScores, score
 from memray.spec import TrialSpec
-from memray.trial import set_device
+from memray.trial import prepare_trial, set_device
 
 # Snapshots of one trial that exist at once: as many as fit into this, and two at least. Probe epochs come thick and
 # fast at the start, so that small models queue up there; a trial that is looked at faster than it is scored waits.
@@ -47,7 +48,7 @@ class Prepared:
 
     spec: TrialSpec
     device: torch.device
-    material: Material
+    material: Material | Samples
     model: torch.nn.Module
 
 
@@ -61,7 +62,7 @@ def prepared(spec_json: str) -> Prepared:
     torch.nn.Module.to(model, device)
     if spec.compute.precision == "bf16":
         lower_weights(model)
-    return Prepared(spec, device, prepare(spec), model)
+    return Prepared(spec, device, prepare_trial(spec), model)
 
 
 def look_at_snapshot(own: Prepared, question: Question, weights: Mapping[str, ndarray]) -> Any:
@@ -117,13 +118,13 @@ class SnapshotProber:
 
 @dataclass
 class ActorProber:
-    """Hands a trial's snapshots to probe actors, in turn, a few at a time.
+    """Hands a trial's snapshots to probe actors, in turn, a few at a time; a question that can be shared, to all.
 
     Attributes:
         seconds: From each snapshot to its result, as results come in, by the clocks of the two nodes.
         waited_s: How long training waited because too many snapshots were on their way.
         drained_s: How long it waited for answers, before a checkpoint and at the end.
-        num_looks: How many looks each actor was given.
+        num_looks: How many looks, or shares of them, each actor was given.
     """
 
     spec_json: str
@@ -131,7 +132,7 @@ class ActorProber:
     seconds: list[float] = field(default_factory=list)
     waited_s: float = 0.0
     drained_s: float = 0.0
-    in_flight: list[Any] = field(default_factory=list)
+    in_flight: list[list[Any]] = field(default_factory=list)
     num_looks: list[int] = field(default_factory=list)
 
     def look(self, question: Question, engine: Engine) -> Look:
@@ -140,17 +141,22 @@ class ActorProber:
         if not engine.is_main:
             return Ready(None)
         self._make_room(sum(weight.nbytes for weight in snapshot.values()) / 2**30)
+        kept = ray.put(snapshot)  # once, however many look at it
+        references = [self._ask(share, kept) for share in question.split(len(self.actors))]
+        self.in_flight.append(references)
+        return RemoteLook(self, question, references, began_s)
+
+    def _ask(self, question: Question, snapshot: Any) -> Any:
         self.num_looks = self.num_looks or [0] * len(self.actors)
         turn = sum(self.num_looks) % len(self.actors)
         self.num_looks[turn] += 1
-        reference = self.actors[turn].look.remote(self.spec_json, question, snapshot)
-        self.in_flight.append(reference)
-        return RemoteLook(self, reference, began_s)
+        return self.actors[turn].look.remote(self.spec_json, question, snapshot)
 
     def _make_room(self, gib: float) -> None:
         began_s = time.monotonic()
         while len(self.in_flight) >= max(IN_FLIGHT_AT_LEAST, IN_FLIGHT_GIB // gib):
-            _, self.in_flight = ray.wait(self.in_flight, num_returns=1)
+            ray.wait([reference for references in self.in_flight for reference in references], num_returns=1)
+            self.in_flight = [pending for each in self.in_flight if (pending := _pending(each))]
         self.waited_s += time.monotonic() - began_s
 
     def summary(self) -> dict[str, Any]:
@@ -165,20 +171,25 @@ class ActorProber:
         }
 
 
+def _pending(references: list[Any]) -> list[Any]:
+    return ray.wait(references, num_returns=len(references), timeout=0)[1]
+
+
 @dataclass(frozen=True)
 class RemoteLook:
-    """A look by an actor."""
+    """A look by an actor, or by several that have a share of it each."""
 
     prober: ActorProber
-    reference: Any
+    question: Question
+    references: list[Any]
     began_s: float
 
     def is_ready(self) -> bool:
-        return bool(ray.wait([self.reference], timeout=0)[0])
+        return not _pending(self.references)
 
     def result(self) -> Any:
         began_s = time.monotonic()
-        answer, ended_s = ray.get(self.reference)
+        answers = ray.get(self.references)
         self.prober.drained_s += time.monotonic() - began_s
-        self.prober.seconds.append(ended_s - self.began_s)
-        return answer
+        self.prober.seconds.append(max(ended_s for _, ended_s in answers) - self.began_s)
+        return self.question.join([answer for answer, _ in answers])

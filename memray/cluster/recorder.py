@@ -9,7 +9,7 @@ import platform
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,19 @@ from memray.cluster.replay import as_trained
 from memray.cluster.resources import is_on_cpu
 from memray.finetune import Engine
 from memray.looks import Checkpoint
-from memray.measurement import MEASURE_VERSIONS, Measurement, context_table, matrix_table, string_table, token_table
+from memray.measurement import (
+    MEASURE_VERSIONS,
+    Measurement,
+    context_table,
+    matrix_table,
+    samples_table,
+    string_table,
+    token_table,
+)
 from memray.spec import TrialSpec
+
+# The tables of some measurements, in the order of the ledger's.
+RECORDS = (token_table, string_table, context_table, matrix_table, samples_table)
 
 # Seconds of measurements that are gathered before a segment is written: what a crash can lose of a view.
 SEGMENT_S = 5.0
@@ -67,11 +78,12 @@ class Recorder:
             summary: What else is to be said of the trial at its end.
         """
         epoch, num_tokens, first_s, last_s = 0, 0, None, 0.0
+        corpus: Mapping[str, Any] | None = None
         if self.trained is not None and self.is_main:
             measurements = as_trained(self.spec, measurements, self.trained)
         for measurement in measurements:
             self.gathered.append(measurement)
-            epoch = measurement.epoch
+            epoch, corpus = measurement.epoch, measurement.corpus
             last_s = measurement.scored_s
             if first_s is None:
                 first_s = last_s
@@ -88,6 +100,8 @@ class Recorder:
                 told["resumed_from_epoch"] = self.checkpoint.epoch
             if first_s is not None and last_s > first_s:
                 told["tokens_per_s"] = round(num_tokens / (last_s - first_s), 1)
+            if corpus is not None:
+                told["corpus"] = dict(corpus)
             told["peak_gib"] = round(peak_memory_gib(self.on_cpu), 3)
             self.writer.finish(told | provenance(self.spec) | summary())
 
@@ -95,8 +109,7 @@ class Recorder:
         if self.gathered:
             gathered = self.gathered
             records = [each.record() for each in gathered]
-            tables = token_table(gathered), string_table(gathered), context_table(gathered), matrix_table(gathered)
-            self.writer.append(records, *tables)
+            self.writer.append(records, *(table(gathered) for table in RECORDS))
             for each in gathered:
                 if each.weights is not None:
                     self.writer.keep_weights(each.epoch, each.weights)

@@ -198,7 +198,7 @@ class Tracker:
     def _send_tables(self, run_id: str, folder: TrialFolder) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             tables = {"tokens": folder.tokens(), "strings": folder.strings(), "context": folder.context(),
-                      "matrix": folder.matrix()}  # fmt: skip
+                      "matrix": folder.matrix(), "samples": folder.samples()}  # fmt: skip
             for name, table in tables.items():
                 if table.num_columns == 0:
                     continue

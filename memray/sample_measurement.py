@@ -1,0 +1,177 @@
+"""From the scores of samples to measurements: of each sample, and of the trial as a whole.
+
+The same functions measure a trial while it trains and again from the ledger's records, so that both give the same
+numbers to the last bit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float32, Int, Int32
+from numpy import ndarray
+
+from memray.measurement import Measurement
+from memray.measures.match_length import Correctness
+from memray.measures.skew import describe
+from memray.samples import FOREIGN, HELD_OUT, NATIVE, KnownSample
+from memray.scoring import TokenScores
+from memray.spec import TrialSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleScores:
+    """What one pass says of each target of some samples, in order of sample and position.
+
+    Attributes:
+        sample: Index of the sample.
+        log_prob: ln p(target), nats.
+        predicted: Token id of the top prediction, -1 where several share the top.
+        rank: Number of tokens with a larger logit than the target; 0 is the top.
+        is_right: Whether the target is the one top prediction.
+    """
+
+    sample: Int32[ndarray, " targets"]
+    log_prob: Float32[ndarray, " targets"]
+    predicted: Int32[ndarray, " targets"]
+    rank: Int32[ndarray, " targets"]
+    is_right: Bool[ndarray, " targets"]
+
+    COLUMNS = ("log_prob", "predicted", "rank", "is_right")
+
+    @staticmethod
+    def of(scores: TokenScores, samples: Int[ndarray, " rows"]) -> "SampleScores":
+        """The scores of rows, each of which is a sample."""
+        sample = samples[scores.string]
+        order = np.argsort(sample, kind="stable")
+        return SampleScores(
+            sample=sample[order].astype(np.int32),
+            log_prob=scores.log_prob[order],
+            predicted=scores.argmax[order],
+            rank=scores.rank[order],
+            is_right=scores.margin[order] > 0,
+        )
+
+    @staticmethod
+    def concatenate(parts: "Sequence[SampleScores]") -> "SampleScores":
+        """The scores of different samples together."""
+        sample = np.concatenate([part.sample for part in parts])
+        order = np.argsort(sample, kind="stable")
+        columns = {
+            name: np.concatenate([getattr(part, name) for part in parts])[order] for name in SampleScores.COLUMNS
+        }
+        return SampleScores(sample=sample[order], **columns)
+
+
+def sample_table(epoch: int, scores: SampleScores, known: Sequence[KnownSample], *, with_text: bool) -> pa.Table:
+    """One row a sample: what is known of it, and of each target what the pass said.
+
+    Args:
+        with_text: Whether prefix and reference stand there too; else they are null.
+    """
+    ends = np.searchsorted(scores.sample, np.arange(len(known)), side="right")
+    offsets = pa.array(np.concatenate([[0], ends]), type=pa.int32())
+    texts = {
+        "prefix": [sample.text.prefix if with_text else None for sample in known],
+        "reference": [sample.text.reference if with_text else None for sample in known],
+    }
+    return pa.table(
+        {
+            "epoch": pa.array(np.full(len(known), epoch, dtype=np.int32)),
+            "sample": pa.array(np.arange(len(known), dtype=np.int32)),
+            "role": pa.array([sample.role for sample in known]).dictionary_encode(),
+            "row": pa.array([sample.place for sample in known], type=pa.int64()),
+            "prompt_tokens": pa.array([len(sample.prompt_ids) for sample in known], type=pa.int32()),
+            "reference_tokens": pa.array([len(sample.reference_ids) for sample in known], type=pa.int32()),
+            **{name: pa.array(values, type=pa.string()) for name, values in texts.items()},
+            **{
+                name: pa.ListArray.from_arrays(offsets, pa.array(getattr(scores, name)))
+                for name in SampleScores.COLUMNS
+            },
+        }
+    )
+
+
+@dataclass(frozen=True)
+class ScoredSamples:
+    """The samples of one epoch as a table of them says.
+
+    Attributes:
+        role: Of each sample.
+        num_before: Targets of each sample that stand before its reference: 0 where references alone are trained.
+        num_reference: Targets of its reference: all its tokens.
+    """
+
+    epoch: int
+    role: ndarray
+    num_before: Int[ndarray, " samples"]
+    num_reference: Int[ndarray, " samples"]
+    log_prob: Float32[ndarray, " targets"]
+    predicted: Int32[ndarray, " targets"]
+    is_right: Bool[ndarray, " targets"]
+
+    @staticmethod
+    def read(table: pa.Table) -> "list[ScoredSamples]":
+        """The epochs of a table, ascending."""
+        found = []
+        epochs = table["epoch"].to_numpy()
+        for epoch in np.unique(epochs):
+            own = table.filter(pa.array(epochs == epoch)).combine_chunks()
+            counts = np.asarray(pa.compute.list_value_length(own["log_prob"]))
+            num_reference = own["reference_tokens"].to_numpy()
+            flat = {name: own[name].combine_chunks().flatten() for name in ("log_prob", "predicted", "is_right")}
+            columns = {name: values.to_numpy(zero_copy_only=False) for name, values in flat.items()}
+            role = np.array(own["role"].to_pylist())
+            found.append(ScoredSamples(int(epoch), role, counts - num_reference, num_reference, **columns))
+        return found
+
+    def reference(self, chosen: Bool[ndarray, " samples"]) -> tuple[Correctness, Float32[ndarray, " tokens"]]:
+        """Of the chosen samples: whether each token of the reference is right, and its log probability."""
+        counts = self.num_before + self.num_reference
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        kept = np.repeat(chosen, counts) & (within >= np.repeat(self.num_before, counts))
+        return Correctness(self.is_right[kept], self.num_reference[chosen]), self.log_prob[kept]
+
+
+def measure_samples(spec: TrialSpec, table: pa.Table, scored_s: float = 0.0, num_trained: int = 0) -> Measurement:
+    """The measurement of one epoch from its table."""
+    (scored,) = ScoredSamples.read(table)
+    compared = spec.probes.compared_strings
+    index = np.arange(len(scored.role))
+    groups = {
+        "": (scored.role == NATIVE) & (index < (compared or len(index))),
+        "heldout_": scored.role == HELD_OUT,
+        "foreign_": scored.role == FOREIGN,
+    }
+    metrics: dict[str, float] = {}
+    for prefix, chosen in groups.items():
+        if chosen.any():
+            metrics |= {_prefixed(key, prefix): value for key, value in _measured(scored, chosen).items()}
+    is_tied = scored.predicted < 0
+    metrics["match/tie_rate"] = float(is_tied.mean())
+    defined = {key: value for key, value in metrics.items() if np.isfinite(value)}
+    return Measurement(
+        spec.trial_id(), 0, scored.epoch, defined, samples=table, scored_s=scored_s, num_trained=num_trained
+    )
+
+
+def _prefixed(key: str, prefix: str) -> str:
+    group, _, name = key.partition("/")
+    return f"{group}/{prefix}{name}"
+
+
+def _measured(scored: ScoredSamples, chosen: Bool[ndarray, " samples"]) -> dict[str, float]:
+    correctness, log_prob = scored.reference(chosen)
+    measured: dict[str, Any] = describe(correctness.num_match, correctness.length)
+    return measured | {
+        "recall/token_accuracy": float(correctness.is_right.mean()),
+        "recall/nll_nats": -float(np.mean(log_prob, dtype=np.float64)),
+    }
+
+
+def remeasure_samples(spec: TrialSpec, table: pa.Table) -> list[Measurement]:
+    """Every measure of a trial, computed again from its records."""
+    epochs = table["epoch"].to_numpy()
+    return [measure_samples(spec, table.filter(pa.array(epochs == epoch))) for epoch in np.unique(epochs)]
