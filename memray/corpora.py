@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -21,8 +21,9 @@ from memray.part import NOT_HASHED, Part, Positive
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 
-# Rows of a generator that are held out, and never trained however many are.
-NUM_RESERVED = 1000
+# Rows of a generator that are held out, and never trained however many are. Whole groups of every generator: those
+# that are trained begin with one.
+NUM_RESERVED = 1176
 
 # What tells the choice of rows, and of those that are shown more than once, from other draws of the same seed.
 _ROWS_STREAM, _COPIES_STREAM = 11, 12
@@ -40,7 +41,8 @@ class RowsSpec(Part):
         hub_id: A data set of the hub, read by the library `datasets`, which runs none of its code,
         config: its configuration, where it has several,
         split: its split,
-        revision: and the commit that is read.
+        revision: and a commit of it, or a branch or tag, whose rows may change: the digest of what was trained is
+            logged with every trial.
         prefix_field: The field with the prefix, of a row that has two. A generator has its own.
         reference_field: The field with the reference.
         text_field: The field with a text that is cut into prefix and reference, instead of those two.
@@ -55,7 +57,7 @@ class RowsSpec(Part):
     hub_id: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")] | None = None
     config: str | None = None
     split: str = "train"
-    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
+    revision: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "main"
     prefix_field: str = "prefix"
     reference_field: str = "reference"
     text_field: str | None = None
@@ -79,12 +81,17 @@ class RowsSpec(Part):
             generator(self.generator, **self.options)
         elif self.path is not None:
             self._resolve_file(Path(self.path))
-        elif self.revision is None:
-            raise ValueError(
-                f"revision must be the commit of {self.hub_id} that is read, 40 hexadecimal digits, or what is trained "
-                "could change from day to day; the data set's page on the hub lists its commits"
-            )
         return self
+
+    def canonical(self) -> "RowsSpec":
+        """Without options that are stated and at their default."""
+        if self.generator is None:
+            return self
+        usual = asdict(generator(self.generator))
+        stated = asdict(generator(self.generator, **self.options))
+        return self.model_copy(
+            update={"options": {name: stated[name] for name in usual if stated[name] != usual[name]}}
+        )
 
     def _check_read_by(self, source: str) -> None:
         """Refuses what the source does not read."""

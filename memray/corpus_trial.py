@@ -3,6 +3,7 @@
 Training never scores a sample: whoever looks does, on the weights of a probe epoch.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,13 +12,27 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
+from torch import nn
 
 from memray.finetune import Engine, scoring_passes, train_epoch
+from memray.generation import Continuations, chosen_samples, generate
 from memray.looks import Keeper, Look, Looker, Prober
 from memray.measurement import Measurement
-from memray.sample_measurement import SampleScores, measure_samples, sample_table
-from memray.samples import Samples
+from memray.sample_measurement import SampleScores, measure_samples, num_match_of, sample_table
+from memray.samples import NATIVE, Samples
 from memray.spec import TrialSpec
+
+
+class SampleAnswer(NamedTuple):
+    """What a look at the samples showed.
+
+    Attributes:
+        scores: Of every sample, or of a share of them; None where a share has none.
+        continuations: What was generated of some; None where nothing was asked for.
+    """
+
+    scores: SampleScores | None
+    continuations: Continuations | None = None
 
 
 @dataclass(frozen=True)
@@ -25,24 +40,44 @@ class SampleQuestion:
     """What is asked at a probe epoch: the scores of every sample, or of every so-manieth pass over them.
 
     Attributes:
+        generates: Whether some are generated too, of whose match lengths all must be known: such a look is not shared.
         share: Which of the shares,
         shares: of how many.
     """
 
     epoch: int
+    generates: bool = False
     share: int = 0
     shares: int = 1
 
+    @staticmethod
+    def of(spec: TrialSpec, epoch: int) -> "SampleQuestion":
+        """What a trial asks at one of its probe epochs."""
+        stated = spec.probes.generation
+        generates = stated is not None and (epoch in stated.epochs or epoch == spec.num_epochs)
+        return SampleQuestion(epoch, generates=generates)
+
     def split(self, number: int) -> "list[SampleQuestion]":
+        if self.generates:
+            return [self]
         return [replace(self, share=share, shares=number) for share in range(number)]
 
-    def join(self, answers: "Sequence[SampleScores | None]") -> SampleScores:
-        return SampleScores.concatenate([answer for answer in answers if answer is not None])
+    def join(self, answers: Sequence[SampleAnswer]) -> SampleAnswer:
+        scores = [answer.scores for answer in answers if answer.scores is not None]
+        return SampleAnswer(SampleScores.concatenate(scores), answers[0].continuations)
 
-    def answer(self, looker: Looker) -> SampleScores | None:
-        """The scores of its share; None where there are fewer passes than shares."""
+    def answer(self, looker: Looker) -> SampleAnswer:
         samples = looker.material
         assert isinstance(samples, Samples)
+        scores = self._scores(looker, samples)
+        if not self.generates:
+            return SampleAnswer(scores)
+        assert scores is not None
+        assert looker.model is not None  # an engine of many devices looks at snapshots
+        return SampleAnswer(scores, generated(looker.spec, samples, scores, looker.model, self.epoch))
+
+    def _scores(self, looker: Looker, samples: Samples) -> SampleScores | None:
+        """The scores of its share; None where there are fewer passes than shares."""
         rows, begin = [], 0
         for index, one in enumerate(scoring_passes(samples.scored)):
             if index % self.shares == self.share:
@@ -52,6 +87,22 @@ class SampleQuestion:
             return None
         own = np.concatenate(rows)
         return SampleScores.of(looker.score(samples.scored.of(own)), samples.order[own])
+
+
+def generated(spec: TrialSpec, samples: Samples, scores: SampleScores, model: nn.Module, epoch: int) -> Continuations:
+    """What a model says instead of some of the native samples."""
+    stated = spec.probes.generation
+    assert stated is not None
+    native = sum(sample.role == NATIVE for sample in samples.known)
+    num_match = num_match_of(scores, samples.known)
+    chosen = chosen_samples(num_match[:native], stated.num_samples, seed=spec.string_seed, epoch=epoch)
+    checked = np.arange(native)[: math.ceil(stated.checked_share * native)]
+    was_training = model.training
+    model.eval()
+    try:
+        return generate(model, samples.tokenizer, samples.known, num_match, chosen, checked)  # type: ignore[arg-type]
+    finally:
+        model.train(was_training)
 
 
 class Waiting(NamedTuple):
@@ -75,7 +126,7 @@ def measure_corpus(
     if checkpoint:
         engine.load(checkpoint.folder)
     training, epochs = spec.training, spec.num_epochs
-    probed = {epoch for epoch in spec.probes.epochs if epoch <= epochs} | {epochs}
+    probed = probe_epochs(spec)
     num_targets = int(samples.trained.is_target.sum())
     first = checkpoint.epoch if checkpoint else 0
     measured_before = max((epoch for epoch in probed if epoch < first), default=0)
@@ -90,7 +141,7 @@ def measure_corpus(
             keeps = spec.training.keep_weights
             is_kept = keeps == "probe_epochs" or (keeps == "final" and is_last)
             weights = engine.snapshot() if is_kept else None
-            look = prober.look(SampleQuestion(epoch), engine)
+            look = prober.look(SampleQuestion.of(spec, epoch), engine)
             waiting.append(Waiting(epoch, time.monotonic(), look, weights, (epoch - measured_before) * num_targets))
             measured_before = epoch
         yield from _measured(spec, samples, waiting, engine, waits=is_last)
@@ -114,10 +165,20 @@ def _measured(
     """What can be measured now; with `waits` all of it."""
     if not engine.is_main:
         waiting.clear()
-    first_probed = min(spec.probes.epochs, default=spec.num_epochs)
     while waiting and (waits or waiting[0].look.is_ready()):
         own = waiting.popleft()
-        table = sample_table(own.epoch, own.look.result(), samples.known, with_text=own.epoch == first_probed)
-        measured = measure_samples(spec, table, own.at_s, own.num_trained)
-        corpus = {"sha256": samples.digest, **samples.report}
-        yield replace(measured, weights=own.weights or None, corpus=corpus)
+        measured = measure_answer(spec, samples, own.epoch, own.look.result())
+        yield replace(measured, weights=own.weights or None, scored_s=own.at_s, num_trained=own.num_trained)
+
+
+def measure_answer(spec: TrialSpec, samples: Samples, epoch: int, answer: SampleAnswer) -> Measurement:
+    """The measurement of a probe epoch, from what a look at its weights showed."""
+    assert answer.scores is not None
+    is_first = epoch == min(probe_epochs(spec))
+    table = sample_table(epoch, answer.scores, samples.known, answer.continuations, with_text=is_first)
+    return replace(measure_samples(spec, table), corpus={"sha256": samples.digest, **samples.report})
+
+
+def probe_epochs(spec: TrialSpec) -> set[int]:
+    """The epochs at which a trial on a corpus is measured."""
+    return {epoch for epoch in spec.probes.epochs if epoch <= spec.num_epochs} | {spec.num_epochs}

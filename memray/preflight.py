@@ -5,17 +5,24 @@ Everything is looked for before anything is scheduled, and nothing is asked of a
 
 import importlib.util
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from memray import families
+from memray.corpora import name_of
 from memray.cost import check_fits
 from memray.spec import ModelSpec, TrialSpec
 from memray.strings import TextSource
 from memray.sweep import Sweep, SweepError
 
 
-def check(sweep: Sweep) -> list[str]:
+def check(sweep: Sweep, *, asks_network: bool = False) -> list[str]:
     """Refuses a sweep with trials that cannot run.
+
+    Args:
+        asks_network: Whether data sets of the hub are fetched, to be checked too.
 
     Returns:
         What could not be checked, because a model is not downloaded yet, and what is left out of a text.
@@ -30,11 +37,14 @@ def check(sweep: Sweep) -> list[str]:
         key = (model, trial.strings.alphabet, trial.strings.alphabet_size)
         if trial.strings.kind == "text":
             key = (model, trial.strings, trial.probes)
+        if trial.corpus is not None:
+            held_out = trial.probes.num_held_out
+            key = (model, trial.corpus.model_dump_json(), trial.corpus.rows.path, trial.string_seed, held_out)
         try:
             check_fits(trial)
             _check_files(trial)
             if key not in encodings:
-                encodings[key] = _encoding_problem(trial, model, notes)
+                encodings[key] = _encoding_problem(trial, model, notes, asks_network=asks_network)
             if problem := encodings[key]:
                 raise ValueError(problem)
         except ValueError as error:
@@ -66,12 +76,44 @@ def _check_files(trial: TrialSpec) -> None:
         check_weight_files(Path(trial.model.path))
 
 
-def _encoding_problem(trial: TrialSpec, model: ModelSpec, notes: list[str]) -> str | None:
+def _hub_data(trial: TrialSpec) -> list[str]:
+    """The data sets of the hub that a trial reads."""
+    corpus = trial.corpus
+    sources = [] if corpus is None else [corpus.rows, corpus.foreign]
+    return [name_of(each) for each in sources if each is not None and each.hub_id is not None]
+
+
+def _unpinned(trial: TrialSpec) -> list[str]:
+    corpus = trial.corpus
+    sources = [] if corpus is None else [corpus.rows, corpus.foreign]
+    return [
+        f"revision {each.revision!r} of {name_of(each)} may hold other rows tomorrow; a commit would not"
+        for each in sources
+        if each is not None and each.hub_id is not None and not re.fullmatch("[0-9a-f]{40}", each.revision)
+    ]
+
+
+def _left_out(trial: TrialSpec, report: Mapping[str, int]) -> list[str]:
+    """What a user should know of the samples of a trial before it is run."""
+    assert trial.corpus is not None
+    told = {
+        "bad_rows": "rows are bad and left out",
+        "too_long": "rows are too long and left out",
+        "cut": "samples are cut at their end",
+        "duplicates": "samples are there more than once",
+        "held_out_trained": "held-out samples are trained too",
+    }
+    found = [f"{report[key]} {text}" for key, text in told.items() if report[key]]
+    return [f"of {name_of(trial.corpus.rows)}, " + ", ".join(found)] if found else []
+
+
+def _encoding_problem(trial: TrialSpec, model: ModelSpec, notes: list[str], *, asks_network: bool) -> str | None:
     if model.path is None and model.size == "tiny" and trial.strings.kind != "text":
         return None  # its tokenizer has every built-in symbol
     # Only here, because transformers takes seconds to import.
     from memray.material import prepare
     from memray.models import is_at_hand
+    from memray.samples import prepare_samples
 
     if not is_at_hand(model):
         notes.append(
@@ -79,7 +121,14 @@ def _encoding_problem(trial: TrialSpec, model: ModelSpec, notes: list[str]) -> s
             "checked when it is"
         )
         return None
+    if trial.corpus is not None and not asks_network and (names := _hub_data(trial)):
+        notes.append(f"the rows of {' and '.join(names)} lie on the hub and will be checked when they are fetched")
+        notes += _unpinned(trial)
+        return None
     try:
+        if trial.corpus is not None:
+            notes += _left_out(trial, prepare_samples(trial).report)
+            return None
         source = prepare(trial).source
     except ValueError as error:
         return str(error)
@@ -92,18 +141,19 @@ def _encoding_problem(trial: TrialSpec, model: ModelSpec, notes: list[str]) -> s
 
 
 def download(sweep: Sweep) -> list[str]:
-    """Fetches what the hub has of the sweep's models, once, and then checks what could not be checked before.
+    """Fetches what the hub has of the sweep's models and rows, once, and checks what could not be checked before.
 
     Returns:
-        The models that were fetched.
+        The models that were fetched, and the data sets.
 
     Raises:
         SweepError: As :func:`check` does.
         ValueError: If the hub cannot be reached.
     """
-    public = [trial.model for trial in sweep.trials if trial.model.path is None and trial.model.size != "tiny"]
+    public = [trial.model for trial in sweep.trials if _is_public(trial.model)]
     models = {model.model_dump_json(): model for model in public}.values()
-    if not models:
+    data = sorted({name for trial in sweep.trials for name in _hub_data(trial)})
+    if not models and not data:
         return []
     from memray.models import download as fetch
     from memray.models import is_at_hand
@@ -111,6 +161,10 @@ def download(sweep: Sweep) -> list[str]:
     absent = [model for model in models if not is_at_hand(model)]
     for model in absent:
         fetch(model)
-    if absent:
-        check(sweep)
-    return [f"{model.family} {model.size}" for model in absent]
+    if absent or data:
+        check(sweep, asks_network=True)
+    return [f"{model.family} {model.size}" for model in absent] + data
+
+
+def _is_public(model: ModelSpec) -> bool:
+    return model.path is None and families.size(model.family, model.size).hub_id is not None

@@ -217,6 +217,28 @@ class RetentionSpec(Part):
         return ages
 
 
+class GenerationSpec(Part):
+    """What the samples of a corpus are generated for: what a model says instead (protocol, section 7).
+
+    Attributes:
+        epochs: Probe epochs at which it is generated; the last epoch always is one.
+        num_samples: Native samples whose continuation is generated, from the first divergence on: as many of every
+            stratum of match lengths (0, 1, 2 to 3, 4 to 7, and so on).
+        checked_share: Share of the native samples that are generated from their prompt alone: do the teacher-forced
+            match lengths hold?
+    """
+
+    epochs: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    num_samples: Annotated[int, Field(ge=0)] = 100
+    checked_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+    @field_validator("epochs")
+    @classmethod
+    def _ascending(cls, epochs: tuple[int, ...]) -> tuple[int, ...]:
+        _check_ascending("epochs of probes.generation", epochs)
+        return epochs
+
+
 class ProbesSpec(Part):
     """What is looked at while a trial trains.
 
@@ -227,6 +249,7 @@ class ProbesSpec(Part):
             cells with different numbers of strings are compared on the strings that they share.
         context: The prefix and context probe; None is none.
         retention: Which strings of other stages are looked at, where there is a curriculum.
+        generation: What is generated of the samples of a corpus; None is nothing.
     """
 
     epochs: tuple[Annotated[int, Field(ge=0)], ...] = PROBE_EPOCHS
@@ -234,12 +257,22 @@ class ProbesSpec(Part):
     compared_strings: Annotated[int, Field(ge=0)] = 0
     context: ContextSpec | None = None
     retention: RetentionSpec = RetentionSpec()
+    generation: GenerationSpec | None = None
 
     @field_validator("epochs")
     @classmethod
     def _ascending(cls, epochs: tuple[int, ...]) -> tuple[int, ...]:
         _check_ascending("probe epochs", epochs)
         return epochs
+
+    @model_validator(mode="after")
+    def _generation_is_within(self) -> "ProbesSpec":
+        if self.generation is not None and (strange := sorted({*self.generation.epochs} - {*self.epochs})):
+            raise ValueError(
+                f"probes.generation.epochs must be among probes.epochs, but {strange} are not; add them there, or "
+                "leave them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _context_is_within(self) -> "ProbesSpec":

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Bool, Float32, Int, Int32
 from numpy import ndarray
 
+from memray.generation import Continuations, nearness, weights_of
 from memray.measurement import Measurement
 from memray.measures.match_length import Correctness
 from memray.measures.skew import describe
@@ -65,12 +67,37 @@ class SampleScores:
         return SampleScores(sample=sample[order], **columns)
 
 
-def sample_table(epoch: int, scores: SampleScores, known: Sequence[KnownSample], *, with_text: bool) -> pa.Table:
-    """One row a sample: what is known of it, and of each target what the pass said.
+def num_match_of(scores: SampleScores, known: Sequence[KnownSample]) -> Int[ndarray, " samples"]:
+    """How many tokens of each reference are right before the first that is not."""
+    ends = np.searchsorted(scores.sample, np.arange(len(known)), side="right")
+    length = np.array([len(sample.reference_ids) for sample in known])
+    kept = np.arange(len(scores.sample)) >= np.repeat(ends - length, np.diff(ends, prepend=0))
+    return Correctness(scores.is_right[kept], length).num_match
+
+
+def sample_table(
+    epoch: int,
+    scores: SampleScores,
+    known: Sequence[KnownSample],
+    continuations: Continuations | None = None,
+    *,
+    with_text: bool,
+) -> pa.Table:
+    """One row a sample: what is known of it, of each target what the pass said, and what was generated.
 
     Args:
         with_text: Whether prefix and reference stand there too; else they are null.
     """
+    told = continuations or Continuations({}, {})
+    near = {index: nearness(known[index].text.reference.strip(), text.strip()) for index, text in told.text.items()}
+    generated = {
+        "continuation": pa.array([told.text.get(index) for index in range(len(known))], type=pa.string()),
+        "generated_match": pa.array([told.num_match.get(index) for index in range(len(known))], type=pa.int32()),
+        **{
+            name: pa.array([near.get(index, {}).get(name) for index in range(len(known))], type=pa.float64())
+            for name in ("rouge_l", "levenshtein")
+        },
+    }
     ends = np.searchsorted(scores.sample, np.arange(len(known)), side="right")
     offsets = pa.array(np.concatenate([[0], ends]), type=pa.int32())
     texts = {
@@ -90,6 +117,7 @@ def sample_table(epoch: int, scores: SampleScores, known: Sequence[KnownSample],
                 name: pa.ListArray.from_arrays(offsets, pa.array(getattr(scores, name)))
                 for name in SampleScores.COLUMNS
             },
+            **generated,
         }
     )
 
@@ -119,7 +147,7 @@ class ScoredSamples:
         epochs = table["epoch"].to_numpy()
         for epoch in np.unique(epochs):
             own = table.filter(pa.array(epochs == epoch)).combine_chunks()
-            counts = np.asarray(pa.compute.list_value_length(own["log_prob"]))
+            counts = np.asarray(pc.list_value_length(own["log_prob"]))
             num_reference = own["reference_tokens"].to_numpy()
             flat = {name: own[name].combine_chunks().flatten() for name in ("log_prob", "predicted", "is_right")}
             columns = {name: values.to_numpy(zero_copy_only=False) for name, values in flat.items()}
@@ -135,7 +163,7 @@ class ScoredSamples:
         return Correctness(self.is_right[kept], self.num_reference[chosen]), self.log_prob[kept]
 
 
-def measure_samples(spec: TrialSpec, table: pa.Table, scored_s: float = 0.0, num_trained: int = 0) -> Measurement:
+def measure_samples(spec: TrialSpec, table: pa.Table) -> Measurement:
     """The measurement of one epoch from its table."""
     (scored,) = ScoredSamples.read(table)
     compared = spec.probes.compared_strings
@@ -149,12 +177,25 @@ def measure_samples(spec: TrialSpec, table: pa.Table, scored_s: float = 0.0, num
     for prefix, chosen in groups.items():
         if chosen.any():
             metrics |= {_prefixed(key, prefix): value for key, value in _measured(scored, chosen).items()}
-    is_tied = scored.predicted < 0
-    metrics["match/tie_rate"] = float(is_tied.mean())
+    metrics["match/tie_rate"] = float((scored.predicted < 0).mean())
+    metrics |= _generated(scored, table)
     defined = {key: value for key, value in metrics.items() if np.isfinite(value)}
-    return Measurement(
-        spec.trial_id(), 0, scored.epoch, defined, samples=table, scored_s=scored_s, num_trained=num_trained
-    )
+    return Measurement(spec.trial_id(), 0, scored.epoch, defined, samples=table)
+
+
+def _generated(scored: ScoredSamples, table: pa.Table) -> dict[str, float]:
+    """How near what was generated comes to the references, of all native samples; and whether match lengths hold."""
+    native = scored.role == NATIVE
+    num_match = scored.reference(native)[0].num_match
+    metrics = {}
+    for name in ("rouge_l", "levenshtein"):
+        values = table[name].to_numpy()[native]
+        if (chosen := np.flatnonzero(np.isfinite(values))).size:
+            metrics[f"generation/{name}"] = float(weights_of(num_match, chosen) @ values[chosen])
+    found = table["generated_match"].to_pandas().to_numpy(dtype=np.float64)[native]
+    if (checked := np.flatnonzero(np.isfinite(found))).size:
+        metrics["generation/disagreement"] = float(np.mean(found[checked] != num_match[checked]))
+    return metrics
 
 
 def _prefixed(key: str, prefix: str) -> str:

@@ -72,6 +72,7 @@ class Samples:
         order: Which sample each row of `scored` is.
         digest: Of the exact token ids of all of them, and of what is trained of them: 64 hexadecimal digits.
         report: What was left out, and what occurs more than once.
+        tokenizer: Of the model that reads them.
     """
 
     known: list[KnownSample]
@@ -80,6 +81,7 @@ class Samples:
     order: Int[ndarray, " samples"]
     digest: str
     report: dict[str, int]
+    tokenizer: PreTrainedTokenizerBase
 
     @property
     def alphabet(self) -> AlphabetIds:
@@ -121,6 +123,7 @@ def prepare_samples(spec: TrialSpec) -> Samples:
         order=order,
         digest=_digest(batch, known),
         report=report | left_out | {"cut": sum(sample.is_cut for sample in known)},
+        tokenizer=tokenizer,
     )
 
 

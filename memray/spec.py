@@ -424,6 +424,10 @@ class TrialSpec(Part):
 
     def _check_corpus(self) -> None:
         if self.corpus is None:
+            if self.probes.generation is not None:
+                raise ValueError(
+                    "probes.generation asks for samples of a corpus, but the trial has none; set one, or leave it out"
+                )
             return
         if self.model.path is None and self.model.size == "tiny":
             raise ValueError(

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from memray.corpora import NUM_RESERVED, CorpusSpec, Row, Rows, RowsSpec, duplicates, in_order, read_rows, shown
 from memray.generators import GENERATORS, Sample
+from memray.spec import ModelSpec, TrialSpec
 
 ROWS = [{"prefix": f"Question {k}?", "reference": f"Answer {k}, and no other."} for k in range(20)]
 GENERATED = RowsSpec(generator="questions")
@@ -113,8 +114,8 @@ REFUSED = [
     (lambda: RowsSpec(generator="biographies", split="test"), "split must keep the default"),
     (lambda: RowsSpec(path="rows.txt"), "must end in .jsonl, .csv, .parquet"),
     (lambda: RowsSpec(path="nowhere.jsonl"), "No such file"),
-    (lambda: RowsSpec(hub_id="a/b"), "revision must be the commit"),
-    (lambda: RowsSpec(hub_id="a/b", revision="main"), "revision"),
+    (lambda: RowsSpec(hub_id="a/b", revision="../main"), "revision"),
+    (lambda: RowsSpec(generator="facts", revision="0" * 40), "revision must keep the default"),
     (lambda: RowsSpec(hub_id="../../etc", revision="0" * 40), "hub_id"),
     (lambda: RowsSpec(hub_id="a/b", revision="0" * 40, text_field="t", prefix_field="p"), "choose one"),
     (lambda: CorpusSpec(rows=GENERATED, num_foreign=3), "belong together"),
@@ -132,6 +133,14 @@ REFUSED = [
 def test_what_cannot_be_is_refused_with_a_sentence(make: Callable[[], object], sentence: str):
     with pytest.raises(ValidationError, match=sentence):
         make()
+
+
+def test_an_option_at_its_default_is_no_other_corpus():
+    def id_of(**options: Any) -> str:
+        rows = RowsSpec(generator="biographies", options=options)
+        return TrialSpec(corpus=CorpusSpec(rows=rows), model=ModelSpec(size="tiny-text")).trial_id()
+
+    assert id_of() == id_of(num_templates=8) != id_of(num_templates=4)
 
 
 # Which rows.

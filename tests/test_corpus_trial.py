@@ -206,15 +206,15 @@ def test_shares_of_a_look_join_to_the_whole_to_the_last_bit(shares: int, monkeyp
         return type(parts[0]).concatenate(parts)
 
     looker = Looker(spec=SMALL, material=samples, score=scored, repeat=None, model=model)
-    whole = SampleQuestion(3).answer(looker)
+    whole = SampleQuestion(3).answer(looker).scores
     question = SampleQuestion(3)
     answers = [share.answer(looker) for share in question.split(shares)]
-    joined = question.join(answers)
+    joined = question.join(answers).scores
     assert whole is not None
     for name in ("sample", *SampleScores.COLUMNS):
         assert getattr(joined, name).tobytes() == getattr(whole, name).tobytes()
     assert sum(asked) == 2 * len(samples.known)  # none twice, none left out
-    assert sum(answer is None for answer in answers) == max(0, shares - num_passes)
+    assert sum(answer.scores is None for answer in answers) == max(0, shares - num_passes)
 
 
 class Interruption(Exception):  # noqa: N818

@@ -8,11 +8,14 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from memray.cluster.ledger import TrialFolder
 from memray.cluster.probing import look_at_snapshot, prepared
+from memray.corpus_trial import SampleQuestion, measure_answer, probe_epochs
 from memray.looks import EpochQuestion, Looked, has_context
 from memray.measurement import TRAINED, Measurement, Measurer, read_scores
+from memray.samples import HELD_OUT, Samples
 from memray.scoring import TokenScores
 from memray.sequence_measurement import KEPT
 from memray.spec import TrialSpec
@@ -40,6 +43,14 @@ def from_kept_weights(spec: TrialSpec, trained: TrialFolder) -> Iterator[Measure
     """
     paths = trained.kept_weights()
     model = prepared(spec.model_dump_json())
+    if isinstance(model.material, Samples):
+        before = _sample_scores(trained.samples())
+        for epoch in sorted(probe_epochs(spec)):
+            answer = look_at_snapshot(model, SampleQuestion.of(spec, epoch), trained.read_weights(paths[epoch]))
+            measured = measure_answer(spec, model.material, epoch, answer)
+            _check_repeats(spec, measured, before)
+            yield measured
+        return
     measurer = Measurer(spec, model.material.known_trained, model.material.known_held_out)
     read = read_scores(trained.tokens(), trained.strings())
     for epoch, scores, _ in read:
@@ -59,6 +70,12 @@ def as_trained(spec: TrialSpec, measurements: Iterable[Measurement], trained: Tr
     Raises:
         ValueError: If they do not.
     """
+    if spec.corpus is not None:
+        seen = _sample_scores(trained.samples())
+        for measurement in measurements:
+            _check_repeats(spec, measurement, seen)
+            yield measurement
+        return
     before = _trained_scores(spec, trained)
     epoch = -1
     for measurement in measurements:
@@ -78,6 +95,26 @@ def _trained_scores(spec: TrialSpec, trained: TrialFolder) -> dict[int, TokenSco
     parts = [matrix.filter(pa.array(stages == stage)) for stage in np.unique(stages)]
     ends = [each["epoch"] for each in trained.measurements()[0]]
     return {epoch: _stage_scores(part) for epoch, part in zip(ends, parts, strict=True)}
+
+
+def _sample_scores(samples: pa.Table) -> dict[int, bytes]:
+    """What the trained samples scored, by epoch."""
+    own = samples.filter(pc.not_equal(samples["role"].cast(pa.string()), HELD_OUT))
+    epochs = own["epoch"].to_numpy()
+    found = {}
+    for epoch in np.unique(epochs):
+        rows = own.filter(pa.array(epochs == epoch)).combine_chunks()
+        scores = (rows[name].combine_chunks().flatten().to_numpy() for name in ("log_prob", "predicted", "rank"))
+        found[int(epoch)] = b"".join(each.tobytes() for each in scores)
+    return found
+
+
+def _check_repeats(spec: TrialSpec, measured: Measurement, before: dict[int, bytes]) -> None:
+    """Of the probe epochs that it had before, if any: the last one always is among them."""
+    assert measured.samples is not None
+    if measured.epoch in before:
+        now = _sample_scores(measured.samples)
+        _check_same(spec, measured.epoch, now[measured.epoch] == before[measured.epoch])
 
 
 def _stage_scores(matrix: pa.Table | None) -> bytes:

@@ -28,11 +28,12 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-from mlflow.entities import Metric, Param, Run, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from memray.cluster.ledger import START, Cursor, Ledger, TrialFolder
+from memray.corpora import CorpusSpec, name_of
 from memray.measures.phases import DURATIONS, centre
 from memray.measures.statistics import median_interval
 from memray.spec import TrialSpec
@@ -172,7 +173,7 @@ class Tracker:
         self._send_points(run_id, trial, folder, created_ms)
         if state == "finished":
             self._send_tables(run_id, folder)
-            self._close(run_id, folder)
+            self._close(run_id, trial, folder)
             folder.note("mlflow", {"uri": self.uri, "run_id": run_id, "complete": True})
             return True
         if state == "failed":
@@ -206,9 +207,11 @@ class Tracker:
                 pq.write_table(table, path, compression="zstd")
                 self.client.log_artifact(run_id, str(path))
 
-    def _close(self, run_id: str, folder: TrialFolder) -> None:
+    def _close(self, run_id: str, trial: TrialSpec, folder: TrialFolder) -> None:
         finished = folder.finished()
         assert finished is not None
+        if trial.corpus is not None:
+            self.client.log_inputs(run_id, datasets=[_dataset(trial.corpus, finished.summary["corpus"])])
         tags = {
             "memray.measurements_sha256": finished.measurements_sha256,
             "memray.attempt": str(finished.attempt),
@@ -397,6 +400,23 @@ def _last_of_all(last: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _censored(last: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {f"{key}/censored": float(sum(key not in each for each in last)) for key in DURATIONS}
+
+
+def _dataset(corpus: CorpusSpec, about: Mapping[str, Any]) -> DatasetInput:
+    """What a trial was trained on, as MLflow lists it: named by the digest of its exact token ids.
+
+    MLflow cuts a digest at 36 characters; the whole stands in the profile.
+    """
+    rows = corpus.rows
+    kind = "generator" if rows.generator else "file" if rows.path else "hub"
+    dataset = Dataset(
+        name=Path(name_of(rows)).name if rows.path else name_of(rows),
+        digest=str(about["sha256"])[:32],
+        source_type=kind,
+        source=corpus.model_dump_json(exclude_defaults=True),
+        profile=json.dumps(dict(about)),
+    )
+    return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])
 
 
 def _tag(value: Any) -> str:

@@ -124,8 +124,8 @@ def _work(config: dict[str, Any]) -> None:
     if not is_on_cpu(spec):
         torch.cuda.set_device(get_device())
     shelf = ModelShelf(functools.partial(fetch, owner) if owner is not None else None, keeps_model=False)
-    # Where the weights are shards, a probe of the context needs them whole.
-    own = SnapshotProber(config["spec"]) if spec.probes.context else None
+    # Where the weights are shards, a probe of the context and generation need them whole.
+    own = SnapshotProber(config["spec"]) if spec.probes.context or spec.probes.generation else None
     prober = ActorProber(config["spec"], actors) if actors else own
     recorder = Recorder(spec, config["writer"], config["checkpoint"], trained=config["trained"], is_main=rank == 0)
     engines: list[DeepSpeedEngine] = []
