@@ -6,7 +6,6 @@ numbers to the last bit.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +15,24 @@ from numpy import ndarray
 
 from memray.generation import Continuations, nearness, weights_of
 from memray.measurement import Measurement
-from memray.measures.match_length import Correctness
-from memray.measures.skew import describe
+from memray.measures.dependence import dependence
+from memray.measures.match_length import Correctness, extraction_probability, fit_all, within_sample_slope
+from memray.measures.skew import (
+    LARGEST_SHARE,
+    describe,
+    dispersion_against_geometric,
+    expected_max,
+    skewness_reproduced,
+)
 from memray.samples import FOREIGN, HELD_OUT, NATIVE, KnownSample
 from memray.scoring import TokenScores
 from memray.spec import TrialSpec
+
+# Draws at temperature 1 after which a whole reference may have been seen.
+NUM_DRAWS = (1, 10, 100, 1000)
+
+# What tells simulated match lengths and permuted bits from other random numbers of the same seeds.
+_SIMULATION_STREAM, _PERMUTATION_STREAM = 14, 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +190,10 @@ def measure_samples(spec: TrialSpec, table: pa.Table) -> Measurement:
         if chosen.any():
             metrics |= {_prefixed(key, prefix): value for key, value in _measured(scored, chosen).items()}
     metrics["match/tie_rate"] = float((scored.predicted < 0).mean())
+    native, _ = scored.reference(groups[""])
+    metrics |= _shape(spec, native, scored.epoch)
+    if scored.epoch == spec.num_epochs:
+        metrics |= _dependence(spec, native)
     metrics |= _generated(scored, table)
     defined = {key: value for key, value in metrics.items() if np.isfinite(value)}
     return Measurement(spec.trial_id(), 0, scored.epoch, defined, samples=table)
@@ -204,12 +220,60 @@ def _prefixed(key: str, prefix: str) -> str:
 
 
 def _measured(scored: ScoredSamples, chosen: Bool[ndarray, " samples"]) -> dict[str, float]:
+    """What is said of any group of samples."""
     correctness, log_prob = scored.reference(chosen)
-    measured: dict[str, Any] = describe(correctness.num_match, correctness.length)
-    return measured | {
-        "recall/token_accuracy": float(correctness.is_right.mean()),
-        "recall/nll_nats": -float(np.mean(log_prob, dtype=np.float64)),
+    num_match, num_samples = correctness.num_match, correctness.num_samples
+    measured: dict[str, float] = describe(num_match, correctness.length)
+    small = np.array([max(1, num_samples // LARGEST_SHARE)])
+    ends = np.cumsum(correctness.length)[:-1]
+    log_probs = np.array([each.sum(dtype=np.float64) for each in np.split(log_prob, ends)])
+    extracted = {
+        f"match/extracted_{number}": float(extraction_probability(log_probs, number).mean()) for number in NUM_DRAWS
     }
+    return (
+        measured
+        | extracted
+        | {
+            "match/expected_max": float(expected_max(num_match, small)[0]),
+            "recall/token_accuracy": float(correctness.is_right.mean()),
+            "recall/nll_nats": -float(np.mean(log_prob, dtype=np.float64)),
+        }
+    )
+
+
+def _shape(spec: TrialSpec, correctness: Correctness, epoch: int) -> dict[str, float]:
+    """What the match lengths of the native samples look like, beside curves that could have made them.
+
+    Simulations come from the trial's seeds and the epoch, so that the same records give the same numbers.
+    """
+    num_match, length = correctness.num_match, correctness.length
+    rng = np.random.default_rng([_SIMULATION_STREAM, spec.string_seed, spec.model_seed, spec.order_seed, epoch])
+    fits = fit_all(num_match, length)
+    metrics = {f"match/aic_{name}": each.aic for name, each in fits.items()}
+    for name, against in dispersion_against_geometric(num_match, length, rng).items():
+        metrics[f"match/{name}_beyond_geometric"] = against.observed - against.simulated_mean
+        metrics[f"match/{name}_geometric_p_value"] = against.p_value
+    reproduced = skewness_reproduced(num_match, length, fits["beta_geometric"], rng)
+    metrics["match/skewness_low"], metrics["match/skewness_high"] = reproduced.simulated
+    metrics["match/skewness_reproduced"] = float(reproduced.is_reproduced)
+    slope = within_sample_slope(correctness)
+    return metrics | {
+        "match/within_sample_slope": slope.slope,
+        "match/within_sample_slope_error": slope.standard_error,
+    }
+
+
+def _dependence(spec: TrialSpec, correctness: Correctness) -> dict[str, float]:
+    """Whether right tokens go together, beyond what samples and positions explain."""
+    rng = np.random.default_rng([_PERMUTATION_STREAM, spec.string_seed, spec.model_seed, spec.order_seed])
+    bits, _ = correctness.as_matrix()
+    found = dependence(bits, correctness.length, rng)
+    excesses = {f"lag_{lag}": each for lag, each in found.lags.items()} | {"history": found.history}
+    metrics = {}
+    for name, each in excesses.items():
+        metrics[f"dependence/{name}_bits"] = each.excess
+        metrics[f"dependence/{name}_p_value"] = each.p_value
+    return metrics
 
 
 def remeasure_samples(spec: TrialSpec, table: pa.Table) -> list[Measurement]:
