@@ -83,12 +83,15 @@ class RowsSpec(Part):
             self._resolve_file(Path(self.path))
         return self
 
+    def all_options(self) -> dict[str, int | float | str]:
+        """All that a generator is told, defaults too; nothing of a file or a data set."""
+        return {} if self.generator is None else asdict(generator(self.generator, **self.options))
+
     def canonical(self) -> "RowsSpec":
         """Without options that are stated and at their default."""
         if self.generator is None:
             return self
-        usual = asdict(generator(self.generator))
-        stated = asdict(generator(self.generator, **self.options))
+        usual, stated = asdict(generator(self.generator)), self.all_options()
         return self.model_copy(
             update={"options": {name: stated[name] for name in usual if stated[name] != usual[name]}}
         )

@@ -224,7 +224,8 @@ def _measured(scored: ScoredSamples, chosen: Bool[ndarray, " samples"]) -> dict[
     correctness, log_prob = scored.reference(chosen)
     num_match, num_samples = correctness.num_match, correctness.num_samples
     measured: dict[str, float] = describe(num_match, correctness.length)
-    small = np.array([max(1, num_samples // LARGEST_SHARE)])
+    small = np.array([max(1, num_samples // (2 * LARGEST_SHARE)), max(1, num_samples // LARGEST_SHARE)])
+    half, fifth = expected_max(num_match, small)
     ends = np.cumsum(correctness.length)[:-1]
     log_probs = np.array([each.sum(dtype=np.float64) for each in np.split(log_prob, ends)])
     extracted = {
@@ -234,7 +235,8 @@ def _measured(scored: ScoredSamples, chosen: Bool[ndarray, " samples"]) -> dict[
         measured
         | extracted
         | {
-            "match/expected_max": float(expected_max(num_match, small)[0]),
+            "match/expected_max": float(fifth),
+            "match/expected_max_rise": float(fifth - half),
             "recall/token_accuracy": float(correctness.is_right.mean()),
             "recall/nll_nats": -float(np.mean(log_prob, dtype=np.float64)),
         }

@@ -20,7 +20,9 @@ MEDICAL = RowsSpec(
     bad_rows="drop",
 )  # fmt: skip
 PAPER = TrialSpec(
-    corpus=CorpusSpec(rows=MEDICAL, num_samples=9600, max_tokens=512, too_long="drop", chat=True),
+    corpus=CorpusSpec(
+        rows=MEDICAL, num_samples=9600, max_tokens=512, too_long="drop", template="{prefix}\n{reference}"
+    ),
     model=ModelSpec(family="llama2", size="7b", pretrained=True, lora=LoraSpec(rank=16, alpha=32.0)),
     training=TrainingSpec(epochs=100, strings_per_step=16, schedule="constant", learning_rate=1e-4),
     probes=ProbesSpec(num_held_out=200, generation=GenerationSpec()),

@@ -154,6 +154,11 @@ def has_curriculum(sweep: Sweep) -> bool:
     return any(trial.curriculum is not None for trial in sweep.trials)
 
 
+def has_corpus(sweep: Sweep) -> bool:
+    """Whether any trial of the sweep trains the samples of a corpus."""
+    return any(trial.corpus is not None for trial in sweep.trials)
+
+
 def column(rows: pd.DataFrame, key: str) -> Float[ndarray, " rows"]:
     """The values of a metric, nan where it is missing; it has no column at all when no trial ever had it."""
     return rows[key].to_numpy(dtype=np.float64) if key in rows else np.full(len(rows), np.nan)

@@ -52,6 +52,14 @@ from memray.report.replicates import (
     plateau,
     seen_cells,
 )
+from memray.report.sample_estimands import (
+    MEAN,
+    TAIL,
+    growth_after_loss,
+    inside_fitted_interval,
+    over_corpus_size,
+    over_option,
+)
 from memray.report.sequence_estimands import (
     BEYOND_HELDOUT,
     FORGETTING,
@@ -62,6 +70,7 @@ from memray.report.sequence_estimands import (
     retention_curves,
     savings_on_relearning,
 )
+from memray.spec import TrialSpec
 from memray.sweep import Sweep
 
 LEVEL = 0.95
@@ -73,6 +82,7 @@ PERMUTATIONS = 9_999
 # either side, or anywhere but above it.
 Direction = Literal["rises", "falls", "stays", "moves", "does not rise"]
 Judgement = Literal["supported", "contradicted", "undecided"]
+Subject = Literal["strings", "sequences", "corpora"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +99,8 @@ class Claim:
         direction: What is claimed of the effect.
         smallest: The smallest effect of interest, at least 0.
         unit: Of the effect; "relative" is a change as a share of the first level.
-        is_of_sequences: Whether it is about strings that are trained one after another. It sees the cells that have a
-            curriculum, and all other claims see the rest.
+        about: What is trained in the cells that it sees: strings, strings one after another, or the samples of a
+            corpus.
     """
 
     id: str
@@ -102,7 +112,7 @@ class Claim:
     direction: Direction
     smallest: float
     unit: str
-    is_of_sequences: bool = False
+    about: Subject = "strings"
 
     @property
     def is_relative(self) -> bool:
@@ -117,6 +127,7 @@ class Claim:
 
 
 RANDOM_STRINGS = "arXiv 2407.19262"
+SKEWED = "arXiv 2502.01187"
 SPEED_TEXT = f"change of {SPEED}"
 
 CLAIMS = (
@@ -240,14 +251,14 @@ CLAIMS = (
     ),
     Claim(
         id="B1", sentence="Later strings are memorised faster.", source=RANDOM_STRINGS, studies=("sequential",),
-        estimand=together(over_stages, carried_against_fresh_weights), is_of_sequences=True,
+        estimand=together(over_stages, carried_against_fresh_weights), about="sequences",
         measured=f"{SPEED_TEXT} from the first stage to the last ones, of several stages their median; and from fresh "
         "weights to those that the stages before have left, for the same strings",
         direction="falls", smallest=0.10, unit="relative",
     ),
     Claim(
         id="B2", sentence="Earlier strings are forgotten.", source=RANDOM_STRINGS,
-        studies=("sequential", "forgetting"), estimand=at_end_of_each(FORGETTING), is_of_sequences=True,
+        studies=("sequential", "forgetting"), estimand=at_end_of_each(FORGETTING), about="sequences",
         measured="robust recall of each string at the end of its stage less that at the end of the last one, mean over "
         "the strings of earlier stages",
         direction="rises", smallest=0.1, unit="of 1",
@@ -256,27 +267,98 @@ CLAIMS = (
         id="B3", sentence="Recall is forgotten along one curve: linear, exponential, a power or saturating.",
         source="a next check of " + RANDOM_STRINGS, studies=("forgetting",), estimand=retention_curves,
         measured="AIC of the curve that is named, over the age in optimiser steps, less the least of the other curves",
-        direction="falls", smallest=10.0, unit="of AIC", is_of_sequences=True,
+        direction="falls", smallest=10.0, unit="of AIC", about="sequences",
     ),
     Claim(
         id="B4", sentence="Forgotten strings fall to the level of held-out ones.",
         source="a follow-up of " + RANDOM_STRINGS, studies=("forgetting",), estimand=at_end_of_each(BEYOND_HELDOUT),
         measured="loss on the older half of the earlier strings less that on held-out ones, after the last stage",
-        direction="stays", smallest=0.1, unit="bits a token", is_of_sequences=True,
+        direction="stays", smallest=0.1, unit="bits a token", about="sequences",
     ),
     Claim(
         id="B5", sentence="Relearning a string is faster than learning a new one.",
         source="this project", studies=("relearning",), estimand=savings_on_relearning,
         measured=f"savings: 1 less {SPEED} of a stage that is visited again as a share of that of a new one in its "
         "place, after the same strings",
-        direction="rises", smallest=0.1, unit="of 1", is_of_sequences=True,
+        direction="rises", smallest=0.1, unit="of 1", about="sequences",
     ),
     Claim(
         id="B6", sentence="Acceleration needs strings that were memorised, not merely their alphabet.",
         source="mechanism 3 of " + RANDOM_STRINGS, studies=("transfer",), estimand=memorising_against_fresh_strings,
         measured=f"{SPEED_TEXT} in the last stage, from stages of fresh strings that never came again to as many "
         "steps on strings that were memorised",
-        direction="falls", smallest=0.10, unit="relative", is_of_sequences=True,
+        direction="falls", smallest=0.10, unit="relative", about="sequences",
+    ),
+    Claim(
+        id="C1", sentence="Memorisation grows with training, after the loss is flat.", source=SKEWED,
+        studies=("duration", "architecture", "objective"), estimand=growth_after_loss, about="corpora",
+        measured="growth of the tail of match lengths between probe epochs between which the loss is flat",
+        direction="rises", smallest=1.0, unit="tokens",
+    ),
+    Claim(
+        id="C2", sentence="A few samples hold most of what is memorised.", source=SKEWED,
+        studies=("duration", "architecture", "objective"), about="corpora",
+        estimand=in_each_cell(last("match/top_share_beyond_geometric")),
+        measured="share of all matched tokens that the top 1 % of samples hold, less that of a geometric distribution "
+        "with the same references",
+        direction="rises", smallest=0.05, unit="of tokens",
+    ),
+    Claim(
+        id="C3", sentence="Smaller sets are memorised faster.", source=SKEWED, studies=("corpus_size",),
+        estimand=over_corpus_size, about="corpora",
+        measured="match lengths of the samples that all share, change from the smallest to the largest set",
+        direction="falls", smallest=0.10, unit="relative",
+    ),
+    Claim(
+        id="C5", sentence="The skew follows from token generation.", source=SKEWED, studies=("duration",),
+        estimand=inside_fitted_interval, about="corpora",
+        measured="place of the observed skewness in the 95 % interval of the fitted beta-geometric curve, whose ends "
+        "are -1 and 1",
+        direction="stays", smallest=1.0, unit="half-widths",
+    ),
+    Claim(
+        id="C6", sentence="Right tokens are nearly independent of each other.", source=SKEWED,
+        studies=("duration", "reasoning"), about="corpora",
+        estimand=together(
+            in_each_cell(last("dependence/lag_1_bits"), "neighbours"),
+            in_each_cell(last("dependence/history_bits"), "a token and all before it"),
+        ),
+        measured="mutual information beyond what samples and positions explain",
+        direction="stays", smallest=0.01, unit="bits",
+    ),
+    Claim(
+        id="C7", sentence="Small probes miss the worst cases.", source=SKEWED, studies=("probe_size", "duration"),
+        estimand=in_each_cell(last("match/expected_max_rise")), about="corpora",
+        measured="E[max_z] at a fifth of the samples less that at a tenth of them",
+        direction="rises", smallest=0.0, unit="tokens",
+    ),
+    Claim(
+        id="C8", sentence="More similar samples are memorised more.", source="the summary of " + SKEWED,
+        studies=("similarity",), about="corpora",
+        estimand=over_option("prefix_overlap", ((MEAN, "mean match length"),), ("low", "high")),
+        measured="mean match length from low to high overlap of the prefixes",
+        direction="rises", smallest=0.10, unit="relative",
+    ),
+    Claim(
+        id="C9", sentence="Similar prefixes with diverse continuations are memorised less.",
+        source="remark 2.7 of " + SKEWED, studies=("similarity",), about="corpora",
+        estimand=over_option(
+            "continuation_overlap", ((MEAN, "mean match length"),), ("high", "low"), held=("prefix_overlap", "high")
+        ),
+        measured="mean match length from alike to diverse continuations, of prefixes that are alike",
+        direction="falls", smallest=0.10, unit="relative",
+    ),
+    Claim(
+        id="C12", sentence="Token frequency and diversity shape the skew.", source="a next check of " + SKEWED,
+        studies=("token_frequency", "diversity"), about="corpora",
+        estimand=together(
+            *(
+                over_option(option, (("match/gini", "Gini"), (TAIL, "E[max_z]"), ("match/skewness", "skewness")))
+                for option in ("skew", "num_templates")
+            )
+        ),
+        measured="skew of the match lengths, change over the arms",
+        direction="moves", smallest=0.0, unit="of its own unit",
     ),
 )  # fmt: skip
 
@@ -316,6 +398,12 @@ def claims_of(sweep: Sweep) -> tuple[Claim, ...]:
     return tuple(claim for claim in CLAIMS if sweep.name in claim.studies)
 
 
+def _subject(spec: TrialSpec) -> Subject:
+    if spec.corpus is not None:
+        return "corpora"
+    return "strings" if spec.curriculum is None else "sequences"
+
+
 def judge(sweep: Sweep, frame: pd.DataFrame) -> list[Finding]:
     """The claims table of a sweep: a row for each claim and place where it can be judged.
 
@@ -326,9 +414,7 @@ def judge(sweep: Sweep, frame: pd.DataFrame) -> list[Finding]:
     found = [
         _look(claim, evidence)
         for claim in claims or CLAIMS
-        for evidence in claim.estimand(
-            [cell for cell in cells if (cell.spec.curriculum is not None) == claim.is_of_sequences]
-        )
+        for evidence in claim.estimand([cell for cell in cells if _subject(cell.spec) == claim.about])
         if claims or len(evidence.levels) > 1
     ]
     adjusted = holm(np.array([min(each.p_values) for each in found], dtype=np.float64))

@@ -58,7 +58,8 @@ class Line:
 def write_sweep_figure(sweep: Sweep, frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Writes the figure of a sweep as `recall.png` into a folder, which is made, and returns its path in a list.
 
-    A curriculum has no course by epoch and no line in it; the list is empty where no other cell has results.
+    A curriculum has no course by epoch and no line in it, nor has a corpus, whose measures are others; the list is
+    empty where no other cell has results.
 
     Each line is the median over the replicates of a cell, and as long as its shortest replicate; the band is the
     interval of the median. Baselines: G, what naming the likeliest symbol gets right, and the accuracy on held-out
@@ -66,7 +67,8 @@ def write_sweep_figure(sweep: Sweep, frame: pd.DataFrame, folder: Path) -> list[
     """
     folder.mkdir(parents=True, exist_ok=True)
     with_results = set(frame["trial_id"])
-    if not any(trial.curriculum is None and trial.trial_id() in with_results for trial in sweep.trials):
+    drawn = [trial for trial in sweep.trials if trial.curriculum is None and trial.corpus is None]
+    if not any(trial.trial_id() in with_results for trial in drawn):
         return []
     path = folder / "recall.png"
     sweep_figure(sweep, frame).savefig(path, dpi=DPI, facecolor="white")
@@ -77,7 +79,7 @@ def sweep_figure(sweep: Sweep, frame: pd.DataFrame) -> Figure:
     """The figure: token accuracy on the left, robust recall on the right, a row for each level of the field that
     splits a large sweep into readable panels."""
     lines, title = lines_of(sweep, frame)
-    lines = [line for line in lines if line.trials[0].curriculum is None]
+    lines = [line for line in lines if line.trials[0].curriculum is None and line.trials[0].corpus is None]
     panels = list(dict.fromkeys(line.panel for line in lines)) or [""]
     is_single = len(panels) == 1
     figure = Figure(figsize=(WIDTH_INCHES, 1.9 + (3.1 if is_single else 2.05 * len(panels))))

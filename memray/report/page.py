@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from memray.report import OF_LAST_STAGE, SEEDS, SPEED, cells_of, has_curriculum, interval_text, value_text
+from memray.report import OF_LAST_STAGE, SEEDS, SPEED, cells_of, has_corpus, has_curriculum, interval_text, value_text
 from memray.report.charts import Figure
 from memray.report.claims import ENOUGH_REPLICATES, Finding, judge
 from memray.report.drawing import to_script, write_png
@@ -25,6 +25,7 @@ from memray.report.health import signs
 from memray.report.one_string import best_string, order_chart, token_map
 from memray.report.rates import best_rates
 from memray.report.records import RecordsOf
+from memray.report.sample_figures import most_memorised
 from memray.report.study_figures import study_figures
 from memray.report.table import shown_keys, trends
 from memray.sweep import Sweep
@@ -62,13 +63,19 @@ def write_report(
         figures.append(order_chart(record))
     token_figure = None if record is None else token_map(record)
     page = folder / "report.html"
-    page.write_text(report_page(sweep, frame, figures, token_figure, provenance or {}), encoding="utf-8")
+    listed = most_memorised(sweep, frame, records) if records and has_corpus(sweep) else []
+    page.write_text(report_page(sweep, frame, figures, token_figure, provenance or {}, listed), encoding="utf-8")
     drawn = [*figures, token_figure] if token_figure else figures
     return [page, *write_sweep_figure(sweep, frame, folder), *(write_png(each, folder) for each in drawn)]
 
 
 def report_page(
-    sweep: Sweep, frame: pd.DataFrame, figures: Sequence[Figure], tokens: Figure | None, provenance: Mapping[str, str]
+    sweep: Sweep,
+    frame: pd.DataFrame,
+    figures: Sequence[Figure],
+    tokens: Figure | None,
+    provenance: Mapping[str, str],
+    samples: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The page: health, claims, the figures given, the cells, and what the numbers stand on."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -82,6 +89,7 @@ def report_page(
         enough=ENOUGH_REPLICATES,
         figures=figures,
         tokens=tokens,
+        samples=samples,
         sentences=[trend.sentence() for trend in trends(sweep, frame)] + best_rates(sweep, frame),
         table=_table(sweep, frame),
         provenance=provenance,

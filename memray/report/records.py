@@ -40,6 +40,10 @@ class Records(Protocol):
         """One row a string and look of a curriculum; it has no columns if there are none."""
         ...
 
+    def samples(self) -> pa.Table:
+        """One row a sample and probe epoch of a corpus; it has no columns if there are none."""
+        ...
+
 
 # By the trial's id.
 RecordsOf = Callable[[str], Records]

@@ -65,10 +65,12 @@ def sequence_figures(sweep: Sweep, frame: pd.DataFrame, matrices: Matrices | Non
     ends = {str(trial_id): rows for trial_id, rows in stage_ends(frame).groupby("trial_id")}
     matrices, legend_title = matrices or {}, factor.rpartition(".")[2]
     found: list[Figure] = []
-    for course in COURSES:
-        found += [_by_stage(course, panel, own, ends, legend_title) for panel, own in panels.items()]
     # Weights that begin anew with each stage have nothing to forget.
     carrying = [line for line in lines if line.trials[0].curriculum and line.trials[0].curriculum.weights == "carried"]
+    for course in COURSES:
+        for panel, own in panels.items():
+            drawn = [line for line in own if not course.of_carried or line in carrying]
+            found += [_by_stage(course, panel, drawn, ends, legend_title)] if drawn else []
     for panel in panels:
         own = [line for line in carrying if line.panel == panel]
         found.append(_retention(own, matrices, where=panel, legend_title=legend_title))
@@ -120,6 +122,7 @@ class Course:
 
     Attributes:
         beside: A metric beside it: hollow points.
+        of_carried: Whether it says nothing of weights that begin anew with each stage.
     """
 
     name: str
@@ -128,6 +131,7 @@ class Course:
     y_title: str
     caption: str
     beside: str = ""
+    of_carried: bool = False
 
 
 EPOCHS = "epochs, from the stage's beginning"
@@ -160,6 +164,7 @@ COURSES = (
         y_title="robust recall lost",
         caption="Robust recall of each earlier string at the end of its own stage less that at the end of this one, "
         "mean over them. Backward transfer is its negative.",
+        of_carried=True,
     ),
     Course(
         name="forward", title="Forward transfer by stage", of=_measured("sequence/forward_transfer"),

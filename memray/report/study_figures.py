@@ -17,6 +17,7 @@ from memray.report.probe_figures import probe_figures
 from memray.report.record_figures import record_figures
 from memray.report.records import RecordsOf
 from memray.report.replicates import ONSET, Seen, first, last_epoch, onset, seen_cells, speed
+from memray.report.sample_figures import sample_figures
 from memray.report.sequence_figures import drawn_matrices, sequence_figures
 from memray.sweep import Sweep
 
@@ -32,19 +33,25 @@ def study_figures(sweep: Sweep, frame: pd.DataFrame, records: RecordsOf | None =
     last = of_last_stage(frame)
     lines, factor = lines_of(sweep, last)
     legend_title = factor.rpartition(".")[2]
-    whole = _by_panel([line for line in lines if line.trials[0].curriculum is None])
+    of_samples = [line for line in lines if line.trials[0].corpus is not None]
+    of_strings = [line for line in lines if line.trials[0].corpus is None]
+    whole = _by_panel([line for line in of_strings if line.trials[0].curriculum is None])
     found: list[Figure] = []
     for curve in CURVES:
         found += [_curves(curve, panel, own, frame) for panel, own in whole.items()]
     ended = seen_cells(sweep, last)
     found[len(whole) : len(whole)] = [
-        _speeds(panel, own, ended, legend_title or "cell") for panel, own in _by_panel(lines).items()
+        _speeds(panel, own, ended, legend_title or "cell") for panel, own in _by_panel(of_strings).items()
     ]
+    for curve in CURVES_OF_SAMPLES:
+        found += [_curves(curve, panel, own, frame) for panel, own in _by_panel(of_samples).items()]
     named = [replace(each, legend_title=legend_title) if isinstance(each, Chart) else each for each in found]
-    cells = [cell for cell in seen_cells(sweep, frame) if cell.spec.curriculum is None]
+    cells = [cell for cell in seen_cells(sweep, frame) if cell.spec.curriculum is None and cell.spec.corpus is None]
     staged = sequence_figures(sweep, frame, drawn_matrices(sweep, frame, records) if records else {})
     by_token = record_figures(cells, records) if records else ()
-    shown = [each for each in (*staged, *named, *_onsets(cells), *probe_figures(cells), *by_token) if _shows(each)]
+    by_sample = sample_figures(sweep, frame, records) if of_samples else ()
+    together = (*staged, *named, *by_sample, *_onsets(cells), *probe_figures(cells), *by_token)
+    shown = [each for each in together if _shows(each)]
     return numbered(shown)
 
 
@@ -109,6 +116,38 @@ CURVES = (
         caption="Of the mean prediction over positions from the string's symbol frequencies. Hollow points: of the "
         "prediction at each position of held-out strings from their source, their mean.",
         held_out="guessing/heldout_kl_bits", y_scale="log", y_range=(1e-4, 10.0),
+    ),
+)  # fmt: skip
+
+
+CURVES_OF_SAMPLES = (
+    Curve(
+        name="expected-max", title="The tail by epoch: E[max_z]", key="match/expected_max", y_title="tokens",
+        caption="The longest match that is expected among a fifth of the samples. Hollow points: among held-out ones, "
+        "of which there are fewer.",
+        held_out="match/heldout_expected_max",
+    ),
+    Curve(
+        name="q99", title="The tail by epoch: 99 % of samples are below", key="match/q99", y_title="tokens",
+        caption="Hollow points: held-out samples.", held_out="match/heldout_q99",
+    ),
+    Curve(
+        name="mean", title="Mean match length by epoch", key="match/mean", y_title="tokens",
+        caption="Tokens of the reference that greedy decoding recites from the prompt. Hollow points: held-out "
+        "samples.", held_out="match/heldout_mean",
+    ),
+    Curve(
+        name="whole", title="Share of references that are recited whole", key="match/censored",
+        y_title="share of samples", caption="Hollow points: held-out samples.", held_out="match/heldout_censored",
+        y_range=(-0.03, 1.04),
+    ),
+    Curve(
+        name="sample-loss", title="Loss on references by epoch", key="recall/nll_nats", y_title="nats a token",
+        caption="Hollow points: held-out samples.", held_out="recall/heldout_nll_nats",
+    ),
+    Curve(
+        name="top-share", title="Share of all matched tokens that the top 1 % of samples hold", key="match/top_share",
+        y_title="share", caption="Of equal samples it would be 0.01.", y_range=(-0.03, 1.04),
     ),
 )  # fmt: skip
 

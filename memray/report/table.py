@@ -24,6 +24,7 @@ from memray.report import (
     cells_of,
     column,
     factors,
+    has_corpus,
     has_curriculum,
     interval_text,
     is_number,
@@ -36,6 +37,15 @@ from memray.spec import TrialSpec
 from memray.sweep import Sweep
 
 SHOWN = (SPEED, "phase/memorisation", "recall/robust", "recall/token_accuracy")
+# Of a corpus.
+SHOWN_OF_SAMPLES = (
+    "match/mean",
+    "match/q99",
+    "match/expected_max",
+    "match/max",
+    "match/heldout_mean",
+    "recall/nll_nats",
+)
 # Beside them, where strings were trained one after another.
 SHOWN_OF_SEQUENCES = ("sequence/recall_seen", "sequence/forgetting")
 
@@ -59,6 +69,8 @@ def result_table(sweep: Sweep, frame: pd.DataFrame) -> list[RenderableType]:
 
 def shown_keys(sweep: Sweep) -> tuple[str, ...]:
     """The measures that the table shows of a sweep."""
+    if has_corpus(sweep):
+        return SHOWN_OF_SAMPLES
     return SHOWN + SHOWN_OF_SEQUENCES if has_curriculum(sweep) else SHOWN
 
 
