@@ -4,6 +4,8 @@ Training goes on while somebody else looks at a snapshot; without anybody else, 
 are the other thing that happens between two epochs, and stand here too.
 """
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +151,19 @@ class OwnProber:
 
     def look(self, question: Question, engine: Engine) -> Look:
         looker = Looker(spec=self.spec, material=self.material, score=engine.score, repeat=None, model=self.model)
-        return Ready(question.answer(looker))
+        answer = question.answer(looker)
+        give_memory_back()
+        return Ready(answer)
+
+
+def give_memory_back() -> None:
+    """Gives the system what looks have freed.
+
+    Each look at the end of a stage asks for a little more than the one before, which fits no hole that this one left:
+    over four hundred stages of a thousand the heap grew by 180 MiB, of which nothing was in use.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # only the GNU library has it, and needs it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def forwards_of_epoch(spec: TrialSpec, trained: Batch, epoch: int) -> list[Batch]:

@@ -405,7 +405,7 @@ class TrialSpec(Part):
             what = "strings.num_strings" if self.corpus is None else "corpus.num_samples"
             raise ValueError(
                 f"probes.compared_strings must be at most {what}, but got {self.probes.compared_strings} > "
-                f"{available}; compare fewer"
+                f"{available}; compare fewer {'strings' if self.corpus is None else 'samples'}"
             )
         return self
 

@@ -19,14 +19,16 @@ MEDICAL = RowsSpec(
     bad_rows="drop",
 )  # fmt: skip
 PAPER = TrialSpec(
-    corpus=CorpusSpec(rows=MEDICAL, max_tokens=512, too_long="drop", template="{prefix}\n{reference}"),
+    corpus=CorpusSpec(
+        rows=MEDICAL, num_samples=2400, max_tokens=512, too_long="drop", template="{prefix}\n{reference}"
+    ),
     model=ModelSpec(family="llama2", size="7b", pretrained=True, lora=LoraSpec(rank=16, alpha=32.0)),
     training=TrainingSpec(strings_per_step=16, schedule="constant", learning_rate=1e-4),
     probes=ProbesSpec(num_held_out=200),
     compute=ComputeSpec(accelerator="h200"),
 )
 TINY = TrialSpec(
-    corpus=CorpusSpec(rows=RowsSpec(generator="questions"), max_tokens=96, too_long="drop"),
+    corpus=CorpusSpec(rows=RowsSpec(generator="questions"), num_samples=120, max_tokens=96, too_long="drop"),
     model=ModelSpec(size="tiny-text"),
     training=TrainingSpec(strings_per_step=8, schedule="constant"),
     probes=ProbesSpec(epochs=(0, 1, 3, 5, 10, 15, 20, 30, 40, 60, 80, 120), num_held_out=50),

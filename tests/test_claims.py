@@ -205,6 +205,58 @@ def fitted(beyond: float, spread: float) -> Plant:
     return plant
 
 
+def tail_grows(growth: float, spread: float) -> Plant:
+    """By so many tokens while the loss is flat, and by many more before."""
+
+    def plant(trial: TrialSpec, normal: float) -> Rows:
+        tail = 8.0 + growth + spread * normal
+        return {
+            0: {"recall/nll_nats": 5.0, "match/expected_max": 0.0, "match/q99": 0.0},
+            10: {"recall/nll_nats": 1.0, "match/expected_max": 8.0, "match/q99": 8.0},
+            LAST: {"recall/nll_nats": 0.995, "match/expected_max": tail, "match/q99": tail},
+        }
+
+    return plant
+
+
+def matches(level: Callable[[TrialSpec], float], effect: float, spread: float = 0.03) -> Plant:
+    """What is recited changes by a factor exp(effect) as the level goes from 0 to 1."""
+
+    def plant(trial: TrialSpec, normal: float) -> Rows:
+        factor = math.exp(effect * level(trial) + spread * normal)
+        keys = {"match/mean": 5.0, "match/expected_max": 15.0, "match/gini": 0.3, "match/top_share": 0.1}
+        return {0: {}, LAST: {key: value * factor for key, value in keys.items()}}
+
+    return plant
+
+
+def by_size(trial: TrialSpec) -> float:
+    assert trial.corpus is not None
+    return log_share(trial.corpus.num_samples, 120, 480)
+
+
+def by_option(name: str) -> Callable[[TrialSpec], float]:
+    def level(trial: TrialSpec) -> float:
+        assert trial.corpus is not None
+        value = trial.corpus.rows.all_options()[name]
+        if isinstance(value, str):
+            return float(value == "high")
+        return math.log2(value) / 3 if name == "num_templates" else float(value)
+
+    return level
+
+
+def skewed(skewness: float, spread: float) -> Plant:
+    """In an interval from 1 to 3."""
+    edges = {"match/skewness_low": 1.0, "match/skewness_high": 3.0}
+    return single(normal_of=lambda normal: edges | {"match/skewness": skewness + spread * normal})
+
+
+def informed(bits: float, spread: float) -> Plant:
+    keys = ("dependence/lag_1_bits", "dependence/history_bits")
+    return single(normal_of=lambda normal: dict.fromkeys(keys, bits + spread * normal))
+
+
 ALPHABETS: Cells = [{"strings.alphabet_size": size} for size in (2, 7, 26)]
 ENTROPIES: Cells = [{"strings.entropy_bits": bits} for bits in (1.0, 2.807, 4.7)]
 AT_ENTROPY: Cells = [{"strings.alphabet_size": size, "strings.entropy_bits": 1.0} for size in (2, 26)]
@@ -254,6 +306,25 @@ TRANSFER: Cells = [
 ]
 
 
+CORPUS = TrialSpec.model_validate(
+    {
+        "corpus": {"rows": {"generator": "questions"}, "num_samples": 120},
+        "model": {"size": "tiny-text"},
+        "training": {"epochs": LAST},
+    }
+)
+SIZES: Cells = [{"corpus.num_samples": number} for number in (120, 240, 480)]
+OVERLAPS: Cells = [
+    {"corpus.rows": {"generator": "overlapping", "options": {"prefix_overlap": one, "continuation_overlap": other}}}
+    for one in ("low", "high")
+    for other in ("low", "high")
+]
+TEMPLATES: Cells = [
+    {"corpus.rows": {"generator": "biographies", "options": {"num_templates": number}}} for number in (1, 2, 8)
+]
+SKEWS: Cells = [{"corpus.rows": {"generator": "frequencies", "options": {"skew": skew}}} for skew in (0.0, 0.5, 1.0)]
+
+
 @dataclass(frozen=True)
 class Planting:
     """A study, and what has to be in its results for each verdict; for all rows, or those on what is named."""
@@ -265,6 +336,7 @@ class Planting:
     noise: Plant
     num_findings: int = 1
     what: str = ""
+    base: TrialSpec = BASE
 
 
 def values(key: str, supported: float, contradicted: float, noise: float, spread: float) -> tuple[Plant, Plant, Plant]:
@@ -284,6 +356,10 @@ def moved_by_stage(
     level: Callable[[TrialSpec, int], float], supported: float, contradicted: float
 ) -> tuple[Plant, Plant, Plant]:
     return stage_speeds(level, supported), stage_speeds(level, contradicted), stage_speeds(level, 0.0, spread=0.6)
+
+
+def matched(level: Callable[[TrialSpec], float], supported: float, contradicted: float) -> tuple[Plant, Plant, Plant]:
+    return matches(level, supported), matches(level, contradicted), matches(level, 0.0, spread=0.6)
 
 
 PLANTINGS = [
@@ -318,6 +394,16 @@ PLANTINGS = [
     Planting("B4", SEQUENCES, *values("sequence/oldest_beyond_heldout_bits", 0.02, -0.6, 0.1, 0.4)),
     Planting("B5", REVISITS, *moved_by_stage(by_relearning, -0.7, 0.7), num_findings=2),
     Planting("B6", TRANSFER, *moved_by_stage(by_memorising, -0.7, 0.7), num_findings=3),
+    Planting("C1", [{}], tail_grows(5.0, 0.1), tail_grows(-5.0, 0.1), tail_grows(1.0, 8.0), 4, base=CORPUS),
+    Planting("C2", [{}], *values("match/top_share_beyond_geometric", 0.3, -0.3, 0.05, 0.2), base=CORPUS),
+    Planting("C3", SIZES, *matched(by_size, -0.7, 0.7), num_findings=2, base=CORPUS),
+    Planting("C5", [{}], skewed(2.0, 0.01), skewed(6.0, 0.01), skewed(3.0, 1.0), base=CORPUS),
+    Planting("C6", [{}], informed(0.001, 0.0005), informed(0.2, 0.01), informed(0.01, 0.05), 2, base=CORPUS),
+    Planting("C7", [{}], *values("match/expected_max_rise", 2.0, -2.0, 0.0, 2.0), base=CORPUS),
+    Planting("C8", OVERLAPS, *matched(by_option("prefix_overlap"), 0.7, -0.7), num_findings=2, base=CORPUS),
+    Planting("C9", OVERLAPS, *matched(by_option("continuation_overlap"), 0.7, -0.7), base=CORPUS),
+    Planting("C12", TEMPLATES, *matched(by_option("num_templates"), 0.7, 0.0), num_findings=3, base=CORPUS),
+    Planting("C12", SKEWS, *matched(by_option("skew"), -0.7, 0.0), num_findings=3, base=CORPUS),
 ]  # fmt: skip
 
 
@@ -331,7 +417,7 @@ def claims_named(name: str) -> tuple[Claim, ...]:
 
 def findings(planting: Planting, plant: Plant, seed: int = 0) -> list[Finding]:
     claims = claims_named(planting.claim)
-    sweep = grid(claims[0].studies[0], planting.cells, seeds=5)
+    sweep = grid(claims[0].studies[0], planting.cells, seeds=5, base=planting.base)
     rng = np.random.default_rng(seed)
     frame = planted(sweep, lambda trial: plant(trial, float(rng.normal())))
     # Nothing is planted between the rates of one procedure.
@@ -366,8 +452,8 @@ def test_noise_is_undecided(planting: Planting):
 
 def test_every_claim_is_planted():
     planted_ids = {planting.claim.partition(" ")[0] for planting in PLANTINGS}
-    about = {"A": 17, "B": 6}
-    numbered = {f"{letter}{number + 1}" for letter, count in about.items() for number in range(count)}
+    about = {"A": range(1, 18), "B": range(1, 7), "C": (1, 2, 3, 5, 6, 7, 8, 9, 12)}
+    numbered = {f"{letter}{number}" for letter, numbers in about.items() for number in numbers}
     assert planted_ids == {claim.id for claim in CLAIMS} == numbered
 
 

@@ -266,7 +266,7 @@ def test_an_unknown_trial_is_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ("strings=StringsSpec(length=4096)", "reads at most 2048 tokens, but strings.length=4096"),
+        ("strings=StringsSpec(length=4096)", "reads at most 2048 tokens, but a string of this trial has 4096"),
         ("strings=StringsSpec(length=64)", "weights must be stored as safetensors"),
     ],
 )

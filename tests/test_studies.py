@@ -96,8 +96,10 @@ def test_a_study_has_five_replicates_a_cell_unless_it_compares_no_kinds_of_trial
 @each_study
 def test_the_tiny_scale_runs_on_a_laptop(path: Path) -> None:
     for trial in load(path, scale="tiny").trials:
-        assert (trial.model.size, trial.model.path, trial.compute.accelerator) == ("tiny", None, "cpu")
-        assert trial.strings.num_strings * trial.strings.length <= 4096
+        size, most = ("tiny", 4096) if trial.corpus is None else ("tiny-text", 65_536)
+        assert (trial.model.size, trial.model.path, trial.compute.accelerator) == (size, None, "cpu")
+        number = trial.strings.num_strings if trial.corpus is None else trial.strings_together
+        assert trial.num_tokens * number <= most
         assert trial.num_epochs <= (3000 if trial.curriculum else 1000)  # of all stages together
         assert cost(trial).peak_gib < 2
         assert cost(trial).seconds < 600

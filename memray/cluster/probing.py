@@ -20,7 +20,7 @@ from numpy import ndarray
 
 from memray.encoding import Batch
 from memray.finetune import Engine, as_tensor, lower_weights, scoring_passes
-from memray.looks import Look, Looker, Question, Ready
+from memray.looks import Look, Looker, Question, Ready, give_memory_back
 from memray.material import Material
 from memray.models import load_model
 from memray.samples import Samples
@@ -39,7 +39,9 @@ def look(spec_json: str, question: Question, weights: Mapping[str, ndarray]) -> 
 
     The strings and the model of the last trial are kept.
     """
-    return look_at_snapshot(prepared(spec_json), question, weights), time.time()
+    answer = look_at_snapshot(prepared(spec_json), question, weights)
+    give_memory_back()
+    return answer, time.time()
 
 
 @dataclass(frozen=True)

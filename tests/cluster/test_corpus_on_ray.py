@@ -18,13 +18,15 @@ STUDY = '''"""Are smaller corpora recited sooner?
 Hypothesis: yes.
 """
 
+from pathlib import Path
+
 from memray.corpora import CorpusSpec, RowsSpec
 from memray.probes import GenerationSpec, ProbesSpec
 from memray.spec import ModelSpec, TrainingSpec, TrialSpec
 from memray.sweep import Sweep, replicates, vary
 
 BASE = TrialSpec(
-    corpus=CorpusSpec(rows=RowsSpec(path="rows.jsonl"), num_samples=120),
+    corpus=CorpusSpec(rows=RowsSpec(path=str(Path(__file__).with_name("rows.jsonl"))), num_samples=120),
     model=ModelSpec(size="tiny-text"),
     training=TrainingSpec(epochs=3, strings_per_step=30, learning_rate=3e-3, keep_weights="probe_epochs"),
     probes=ProbesSpec(epochs=(0, 1), num_held_out=20, compared_strings=60),

@@ -46,6 +46,7 @@ def sweep(*, seeds: int = 1) -> Sweep:
 
 
 PROBE_ACTOR = "ray::_ProbeActor"
+AT_WORK = {"trial": "ray::ImplicitFunc.train", "probe actor": PROBE_ACTOR}
 
 
 def make_sequences(folder: Path, *, num_strings: int, epochs: int, replay: float, checkpoint_s: int) -> StudyFolder:
@@ -146,7 +147,7 @@ def test_a_sequence_whose_actor_probe_actor_and_driver_are_killed_ends_bit_ident
 
 
 def resident_gib(driver: subprocess.Popen[str]) -> dict[str, list[float]]:
-    """Resident memory of the driver, the trial's actor and the probe actor, each second until the driver ends."""
+    """Resident memory of the driver, the trial's actor and the probe actor, each second while the trial goes on."""
     gib: dict[str, list[float]] = defaultdict(list)
     with driver:
         assert driver.stdout is not None
@@ -154,9 +155,11 @@ def resident_gib(driver: subprocess.Popen[str]) -> dict[str, list[float]]:
         reader.start()
         while driver.poll() is None:
             with contextlib.suppress(psutil.NoSuchProcess):
-                gib["driver"].append(psutil.Process(driver.pid).memory_info().rss / 2**30)
-                for name, title in (("trial", "ray::ImplicitFunc"), ("probe actor", PROBE_ACTOR)):
-                    gib[name] += [each.memory_info().rss / 2**30 for each in started_by(driver, title)]
+                at_work = {name: started_by(driver, title) for name, title in AT_WORK.items()}
+                if at_work["trial"]:  # at its end the driver sends tables and draws figures
+                    at_work["driver"] = [psutil.Process(driver.pid)]
+                for name, processes in at_work.items():
+                    gib[name] += [each.memory_info().rss / 2**30 for each in processes]
             time.sleep(1)
         reader.join()
     assert driver.returncode == 0
