@@ -452,13 +452,13 @@ class TrialSpec(Part):
             return  # the directory's own config says; models.py checks it
         longest = families.size(self.model.family, self.model.size).max_positions
         if self.num_tokens > longest:
+            what, stated = "strings", f"strings.length={self.strings.length} with bos={self.model.bos}"
             if self.corpus is not None:
-                stated = f"corpus.max_tokens={self.corpus.max_tokens} in samples_per_row={self.corpus.samples_per_row}"
-            else:
-                stated = f"strings.length={self.strings.length} with bos={self.model.bos}"
+                what, packed = "samples", f"samples_per_row={self.corpus.samples_per_row}"
+                stated = f"corpus.max_tokens={self.corpus.max_tokens} and {packed}"
             raise ValueError(
                 f"{self.model.family} {self.model.size} reads at most {longest} tokens, but {stated} needs "
-                f"{self.num_tokens}; shorten them or take another model"
+                f"{self.num_tokens}; shorten the {what} or take another model"
             )
 
     def _check_vocabulary(self) -> None:

@@ -60,6 +60,8 @@ class PlantedRecords:
     def matrix(self) -> pa.Table:
         return pa.table({})
 
+    samples = matrix
+
 
 def changed(changes: dict[str, Any]) -> TrialSpec:
     (trial,) = Sweep([vary(BASE, changes)]).trials

@@ -369,6 +369,8 @@ class Kept:
     def matrix(self) -> pa.Table:
         return pa.table({})
 
+    samples = matrix
+
 
 def record_of(trial: TrialSpec, measured: list[Measurement]) -> StringRecord:
     found = StringRecord.of(trial, Kept(measured))

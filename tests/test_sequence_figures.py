@@ -87,7 +87,7 @@ class Kept:
     def tokens(self) -> pa.Table:
         return pa.table({})
 
-    strings = context = tokens
+    strings = context = samples = tokens
 
     def matrix(self) -> pa.Table:
         return pa.table({}) if self.rows is None else pa.Table.from_pandas(self.rows, preserve_index=False)

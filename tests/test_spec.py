@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from memray.corpora import CorpusSpec, RowsSpec
 from memray.curriculum import CurriculumSpec, OtherSpec
 from memray.families import FAMILIES
 from memray.spec import (
@@ -190,7 +191,7 @@ def valid_specs(draw: st.DrawFn) -> TrialSpec:
         dropout=st.floats(0, 0.9),
         lora=st.none() | lora,
     )
-    if model.get("size", "tiny") != "tiny":
+    if not model.get("size", "tiny").startswith("tiny"):
         model["pretrained"] = draw(st.booleans())
     optimisers: list[Literal["adamw", "sgd"]] = ["adamw", "sgd"]
     optimiser = draw(st.sampled_from(optimisers))
@@ -509,7 +510,7 @@ def test_params_are_bare_numbers_and_none_where_nothing_applies() -> None:
         "curriculum.other.entropy_bits", "curriculum.other.skew", "curriculum.other.stages", "curriculum.replay_share",
         "curriculum.revisits", "curriculum.schedule", "curriculum.strings_per_stage", "curriculum.unrepeated",
         "curriculum.weights",
-    }  # fmt: skip
+    } | {name for name in params if name.startswith("corpus.")}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -549,13 +550,23 @@ def test_params_hold_every_field_of_what_is_trained() -> None:
     expected = {"string_seed", "model_seed", "order_seed"}
     parts: dict[str, type[Part]] = {"strings": StringsSpec, "model": ModelSpec, "training": TrainingSpec,
              "compute": ComputeSpec, "model.lora": LoraSpec, "model.in_context": InContextSpec,
-             "training.stop_when": StopWhen, "curriculum": CurriculumSpec, "curriculum.other": OtherSpec}  # fmt: skip
+             "training.stop_when": StopWhen, "curriculum": CurriculumSpec, "curriculum.other": OtherSpec,
+             "corpus": CorpusSpec, "corpus.rows": RowsSpec, "corpus.foreign": RowsSpec}  # fmt: skip
     for name, part in parts.items():
         expected |= {f"{name}.{field}" for field in part.model_fields}
     expected -= {"model.lora", "model.in_context", "training.stop_when", "strings.path", "curriculum.other"}
+    expected -= {"corpus.rows", "corpus.foreign", "corpus.rows.path", "corpus.foreign.path"}
     expected |= {"curriculum.num_stages"}  # which follows from the rest, and is an axis
     expected -= {*(f"compute.{name}" for name in UNHASHED)}
     assert TrialSpec().params().keys() == expected
+
+
+def test_params_of_a_corpus_have_the_same_keys_and_nothing_of_strings() -> None:
+    corpus = CorpusSpec(rows=RowsSpec(generator="biographies", options={"num_templates": 2}))
+    params = TrialSpec(corpus=corpus, model=ModelSpec(size="tiny-text")).params()
+    assert params.keys() == TrialSpec().params().keys()
+    assert params["corpus.rows.options"] == "num_templates=2"
+    assert {value for name, value in params.items() if name.startswith("strings.")} == {"none"}
 
 
 def test_a_param_that_mlflow_would_refuse_is_shortened_and_stays_distinct() -> None:
