@@ -350,6 +350,7 @@ def _hub_rows(spec: RowsSpec) -> Iterator[Mapping[str, Any] | str]:
         raise ValueError(
             "a data set of the hub needs the package datasets, which is not installed; pip install 'memray[hub]'"
         ) from error
+    assert spec.hub_id is not None  # the validator refuses rows from nowhere
     try:
         data = load_dataset(spec.hub_id, spec.config, split=spec.split, revision=spec.revision)
     except Exception as error:  # of many kinds: the hub's, the network's, the format's
@@ -358,7 +359,7 @@ def _hub_rows(spec: RowsSpec) -> Iterator[Mapping[str, Any] | str]:
             f"rows must be readable from the hub, but reading {name_of(spec)} at {spec.revision} failed: {said}; "
             "correct rows.hub_id, config, split or revision, or download the data set where there is a network"
         ) from error
-    yield from data
+    yield from (dict(row) for row in data)  # type: ignore[arg-type]
 
 
 def _digest_of(path: Path) -> str:

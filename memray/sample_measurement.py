@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Bool, Float32, Int, Int32
 from numpy import ndarray
 
@@ -159,7 +158,7 @@ class ScoredSamples:
         epochs = table["epoch"].to_numpy()
         for epoch in np.unique(epochs):
             own = table.filter(pa.array(epochs == epoch)).combine_chunks()
-            counts = np.asarray(pc.list_value_length(own["log_prob"]))
+            counts = np.diff(own["log_prob"].combine_chunks().offsets.to_numpy())
             num_reference = own["reference_tokens"].to_numpy()
             flat = {name: own[name].combine_chunks().flatten() for name in ("log_prob", "predicted", "is_right")}
             columns = {name: values.to_numpy(zero_copy_only=False) for name, values in flat.items()}

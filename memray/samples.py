@@ -224,8 +224,8 @@ class _Encoder:
                 "set corpus.template"
             )
         # A chat template has its own.
-        self.leading = [tokenizer.bos_token_id] if bos and not corpus.chat else []
-        self.end = [tokenizer.eos_token_id] if corpus.ends else []
+        self.leading: list[int] = [tokenizer.bos_token_id] if bos and not corpus.chat else []  # type: ignore[list-item]
+        self.end: list[int] = [tokenizer.eos_token_id] if corpus.ends else []  # type: ignore[list-item]
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_id = next(pad for pad in pads if isinstance(pad, int))
 
@@ -234,7 +234,7 @@ class _Encoder:
         corpus = self.corpus
         prompt, reference = self._pair(row.sample)
         # Text of users may spell special tokens; there it is text.
-        prompt = self.leading + prompt
+        prompt = [*self.leading, *prompt]
         room = corpus.max_tokens - len(prompt) - len(self.end)
         is_cut = len(reference) > room
         if is_cut and (corpus.too_long != "cut" or room < 1):
@@ -244,10 +244,12 @@ class _Encoder:
         reference = reference[:room]
         text = row.sample
         if corpus.prefix_tokens is not None:
-            decoded = (self.tokenizer.decode(ids) for ids in (prompt[len(self.leading) :], reference))
-            text = Sample(*map(str, decoded))
-        ids = (np.array(each, dtype=np.int64) for each in (prompt, reference))
-        return KnownSample(role, row.place, text, *ids, is_cut)
+            text = Sample(self._text(prompt[len(self.leading) :]), self._text(reference))
+        prompt_ids, reference_ids = (np.array(each, dtype=np.int64) for each in (prompt, reference))
+        return KnownSample(role, row.place, text, prompt_ids, reference_ids, is_cut)
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids))
 
     def _pair(self, sample: Sample) -> tuple[list[int], list[int]]:
         corpus = self.corpus

@@ -97,7 +97,8 @@ def test_lines_that_are_no_rows_are_bad_ones(tmp_path: Path):
 
 def test_the_hash_covers_what_a_file_holds_and_not_where_it_is(tmp_path: Path):
     one, other = tmp_path / "one", tmp_path / "other"
-    one.mkdir(), other.mkdir()
+    one.mkdir()
+    other.mkdir()
     first, second = (RowsSpec(path=str(write_jsonl(each / "rows", ROWS))) for each in (one, other))
     assert first.sha256 == second.sha256
     third = RowsSpec(path=str(write_jsonl(other / "rows", ROWS[1:])))

@@ -100,8 +100,10 @@ def test_a_match_length_that_does_not_hold_is_seen():
     model = load_model(SPEC.model, seed=0).eval()
     lies = load_model(SPEC.model, seed=0).eval()
     with torch.no_grad():
-        lies.get_output_embeddings().weight.zero_()
-        lies.get_output_embeddings().weight[:, 0] = torch.arange(2048.0)
+        head = lies.get_output_embeddings()
+        assert head is not None
+        head.weight.zero_()
+        head.weight[:, 0] = torch.arange(2048.0)
 
     from memray.corpus_trial import measure_answer
     from memray.finetune import scoring_passes

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from memray.cluster.ledger import TrialFolder
 from memray.cluster.probing import look_at_snapshot, prepared
@@ -99,7 +98,7 @@ def _trained_scores(spec: TrialSpec, trained: TrialFolder) -> dict[int, TokenSco
 
 def _sample_scores(samples: pa.Table) -> dict[int, bytes]:
     """What the trained samples scored, by epoch."""
-    own = samples.filter(pc.not_equal(samples["role"].cast(pa.string()), HELD_OUT))
+    own = samples.filter(pa.array(np.array(samples["role"].to_pylist()) != HELD_OUT))
     epochs = own["epoch"].to_numpy()
     found = {}
     for epoch in np.unique(epochs):

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Int
 from numpy import ndarray
 
@@ -48,7 +47,8 @@ class LastEpoch:
         """From the records of a trial; None where there are none."""
         if not samples.num_columns:
             return None
-        table = samples.filter(pc.equal(samples["epoch"], pc.max(samples["epoch"])))
+        epochs = samples["epoch"].to_numpy()
+        table = samples.filter(pa.array(epochs == epochs.max()))
         (scored,) = ScoredSamples.read(table)
         native = scored.role == NATIVE
         return LastEpoch(trial, table.filter(pa.array(native)), scored.reference(native)[0])
@@ -245,7 +245,7 @@ def most_memorised(sweep: Sweep, frame: pd.DataFrame, records: RecordsOf) -> lis
 
 def _texts(samples: pa.Table) -> dict[int, tuple[str, str]]:
     """Prefix and reference of each sample: they stand with the first probe epoch alone."""
-    told = samples.filter(pc.is_valid(samples["prefix"])).select(["sample", "prefix", "reference"]).to_pylist()
+    told = samples.filter(samples["prefix"].is_valid()).select(["sample", "prefix", "reference"]).to_pylist()
     return {row["sample"]: (row["prefix"], row["reference"]) for row in told}
 
 

@@ -77,10 +77,12 @@ def test_the_digest_of_the_exact_token_ids_is_a_dataset_of_the_run(finished_corp
     client = client_of(finished_corpus)
     for run in runs_of(finished_corpus, "trial"):
         digest = prepare_samples(by_id[run.data.tags["memray.trial_id"]]).digest
-        (logged,) = client.get_run(run.info.run_id).inputs.dataset_inputs
+        inputs = client.get_run(run.info.run_id).inputs
+        assert inputs is not None
+        (logged,) = inputs.dataset_inputs
         assert logged.dataset.name == "rows.jsonl"
         assert logged.dataset.digest == digest[:32]
-        assert json.loads(logged.dataset.profile)["sha256"] == digest
+        assert json.loads(logged.dataset.profile or "")["sha256"] == digest
         assert {each.path for each in client.list_artifacts(run.info.run_id)} >= {"samples.parquet"}
 
 
