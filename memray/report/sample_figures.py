@@ -151,7 +151,7 @@ def _fitted(correctness: Correctness, numbers: Int[ndarray, " n"], style: Style,
         colour = Style(colour=style.colour, dash=FIT_DASHES[name])
         traces.append(
             Trace(
-                name=label if is_first else "", x=numbers.tolist(), y=each.survival(numbers).tolist(), style=colour,
+                name=FIT_NAMES[name] if is_first else "", x=numbers.tolist(), y=each.survival(numbers).tolist(), style=colour,
                 hover=[f"{label}: AIC {each.aic:.1f}"] * len(numbers),
             )
         )  # fmt: skip
@@ -234,12 +234,12 @@ def most_memorised(sweep: Sweep, frame: pd.DataFrame, records: RecordsOf) -> lis
             continue
         texts = _texts(samples)
         ends = zip(last.table["sample"].to_pylist(), last.table["row"].to_pylist(), last.correctness.num_match.tolist(),
-                   last.correctness.length.tolist(), last.table["continuation"].to_pylist(), strict=True)  # fmt: skip
-        for sample, row, num_match, length, continuation in ends:
+                   last.correctness.length.tolist(), strict=True)  # fmt: skip
+        for sample, row, num_match, length in ends:
             prefix, reference = texts[sample]
             key = (prefix, row)
             one = {"prefix": prefix, "reference": reference, "row": row, "match": num_match, "length": length}
-            found.setdefault(key, []).append(one | {"instead": continuation})
+            found.setdefault(key, []).append(one)
     return _listed(found)
 
 
