@@ -151,7 +151,8 @@ def _fitted(correctness: Correctness, numbers: Int[ndarray, " n"], style: Style,
         colour = Style(colour=style.colour, dash=FIT_DASHES[name])
         traces.append(
             Trace(
-                name=FIT_NAMES[name] if is_first else "", x=numbers.tolist(), y=each.survival(numbers).tolist(), style=colour,
+                name=FIT_NAMES[name] if is_first else "", x=numbers.tolist(), y=each.survival(numbers).tolist(),
+                style=colour,
                 hover=[f"{label}: AIC {each.aic:.1f}"] * len(numbers),
             )
         )  # fmt: skip
