@@ -27,10 +27,10 @@ lint: $(VENV)/.installed  ## ruff, pyright, import-linter
 
 # Files in order, for the slow ones come first and the fast ones fill up.
 test: $(VENV)/.installed  ## under ten minutes on two cores
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 test-faults: $(VENV)/.installed  ## kills and outages, under forty minutes
-	$(BIN)/python -m pytest -q -m fault
+	$(BIN)/python -m pytest -q -m fault --durations=25
 
 soak: $(VENV)/.installed  ## what takes long: a thousand strings, killed and resumed
 	$(BIN)/python -m pytest -q -s -m soak

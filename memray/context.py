@@ -33,7 +33,7 @@ MASK_ENTRIES = {"cpu": 2**18, "cuda": 2**22}
 TOKENS_PER_PASS = 4096
 
 # Where only the distance between two tokens counts. (Not where the rotation depends on the length of the text.)
-_ROTARY = ("gpt_neox", "phi", "llama")
+_ROTARY = ("gpt_neox", "phi", "llama", "mistral")
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
@@ -64,14 +64,14 @@ def probe_context(
         stream: Which strings they are.
 
     Raises:
-        ValueError: If the model does not attend to all that stands before a token, if nothing lies outside the
+        ValueError: If some blocks of the model see less of a string than others, if nothing lies outside the
             alphabet although "outside" is asked for, or if there is no string to probe.
     """
     strings = strings[: spec.num_probed(stream, len(strings))]
     if len(strings) == 0:
         raise ValueError(f"a context probe needs at least one string, but the spec probes none of the {stream} ones")
     reader = Reader.of(model, encoder.symbol_ids, source)
-    _check_full_attention(reader.body, strings.shape[1] + 1)
+    _check_one_window(reader.body, strings.shape[1] + 1)
     rows: list[dict[str, ndarray]] = []
     extractable = np.zeros((len(strings), len(spec.extractable)))
     with _evaluating(model), torch.no_grad():
@@ -119,6 +119,11 @@ class Reader:
         rope = getattr(config, "rope_parameters", None) or {}
         return config.model_type in _ROTARY and rope.get("rope_type") not in _LENGTH_DEPENDENT
 
+    @property
+    def window(self) -> int | None:
+        """How many tokens a token sees, itself included; None: all before it."""
+        return _window(self.body.config)
+
     @classmethod
     def of(cls, model: nn.Module, symbol_ids: Int[ndarray, " alphabet"], source: Source) -> Reader:
         """The reader of a causal model."""
@@ -129,7 +134,7 @@ class Reader:
 
     def trunk(self, trunk: Trunk) -> ReadTrunk:
         """Reads a trunk of at least one token."""
-        cache = DynamicCache()
+        cache = DynamicCache()  # without the config: under a sliding window it would drop keys that branches need
         output = self.body(
             input_ids=self._tensor(trunk.ids[None]),
             position_ids=self._tensor(trunk.positions[None]),
@@ -167,9 +172,13 @@ class Reader:
     ) -> Float[Tensor, "1 1 queries keys"]:
         """0 where a token of a branch sees one of the trunk or of its own branch, and minus infinity elsewhere."""
         query = torch.arange(len(visible) * num_local, device=self.device)
-        branch = query // num_local
-        in_trunk = torch.arange(int(visible[-1]), device=self.device) < self._tensor(visible)[branch][:, None]
+        branch, key = query // num_local, torch.arange(int(visible[-1]), device=self.device)
+        num_seen = self._tensor(visible)[branch]
+        in_trunk = key < num_seen[:, None]
         in_branch = (branch[:, None] == branch) & (query[:, None] >= query)
+        if self.window is not None:  # it counts the tokens of a text, wherever they stand
+            in_trunk &= key > (num_seen + query % num_local - self.window)[:, None]
+            in_branch &= query > query[:, None] - self.window
         mask = torch.zeros(1, 1, len(query), in_trunk.shape[1] + len(query), dtype=dtype, device=self.device)
         return mask.masked_fill_(~torch.cat([in_trunk, in_branch], dim=1), torch.finfo(dtype).min)
 
@@ -350,12 +359,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _check_full_attention(model: nn.Module, num_tokens: int) -> None:
-    """Refuses a model whose tokens see only the last ones before them: packed branches would show them more."""
+def _window(config: Any) -> int | None:
+    """How many tokens a token sees at most, itself included, in the blocks that see fewest; None: all before it."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    is_unused = not getattr(config, "use_sliding_window", True) or kinds == {"full_attention"}
+    return None if is_unused else getattr(config, "sliding_window", None)
+
+
+def _check_one_window(model: nn.Module, num_tokens: int) -> None:
+    """Refuses a model of which some blocks see only the last tokens and others more: one mask cannot show both."""
     config: Any = model.config
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < num_tokens and getattr(config, "use_sliding_window", True):
+    kinds, window = set(getattr(config, "layer_types", None) or ()), _window(config)
+    if len(kinds) > 1 and window is not None and window < num_tokens:
         raise ValueError(
-            f"the context probe needs a model that attends to the whole string, but {config.model_type} sees "
-            f"{window} tokens and a string has {num_tokens}; shorten the strings, or leave out probes.context"
+            f"the context probe needs a model whose blocks all see equally far, but some of {config.model_type} see "
+            f"{window} tokens and others more, and a string has {num_tokens}; shorten the strings, or leave out "
+            "probes.context"
         )

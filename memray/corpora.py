@@ -259,7 +259,7 @@ def read_rows(spec: RowsSpec, *, num_samples: int, seed: int) -> Rows:
     """
     if spec.generator is not None:
         made = generator(spec.generator, **spec.options).samples(NUM_RESERVED + num_samples, seed=seed)
-        return Rows([Row(place, _stripped(sample)) for place, sample in enumerate(made)], {})
+        return Rows([Row(place, stripped(sample)) for place, sample in enumerate(made)], {})
     good: list[Row] = []
     bad: dict[int, str] = {}
     for place, fields in enumerate(_fields(spec)):
@@ -297,10 +297,11 @@ def _sample_of(fields: Mapping[str, Any] | str, spec: RowsSpec) -> Sample | str:
         if not value.strip():
             return f"has nothing in {name!r}"
     texts = [str(fields[name]) for name in names]
-    return _stripped(Sample(*texts)) if len(texts) == 2 else Sample("", texts[0].strip())
+    return stripped(Sample(*texts)) if len(texts) == 2 else Sample("", texts[0].strip())
 
 
-def _stripped(sample: Sample) -> Sample:
+def stripped(sample: Sample) -> Sample:
+    """A sample without blanks at its ends: those between prefix and reference are the template's."""
     return Sample(sample.prefix.strip(), sample.reference.strip())
 
 

@@ -7,17 +7,24 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+from jaxtyping import Int
 from numpy import ndarray
 from torch import nn
 
+from memray.embedding import Embeddings, embed, embedding_columns, encode
+from memray.fact_ranks import asked_samples, object_ranks
 from memray.finetune import Engine, scoring_passes, train_epoch
 from memray.generation import Continuations, chosen_samples, generate
 from memray.looks import Keeper, Look, Looker, Prober
 from memray.measurement import Measurement
+from memray.probes import FactsSpec, GenerationSpec
 from memray.sample_measurement import SampleScores, measure_samples, num_match_of, sample_table
 from memray.samples import NATIVE, Samples
 from memray.spec import TrialSpec
@@ -29,10 +36,16 @@ class SampleAnswer(NamedTuple):
     Attributes:
         scores: Of every sample, or of a share of them; None where a share has none.
         continuations: What was generated of some; None where nothing was asked for.
+        embeddings: Of the same samples; None where they were not asked for.
+        compared: By a sentence encoder, of all samples; None where none was asked.
+        ranks: Of the objects of facts, under each template; empty where none was asked about.
     """
 
     scores: SampleScores | None
     continuations: Continuations | None = None
+    embeddings: Embeddings | None = None
+    compared: Embeddings | None = None
+    ranks: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -41,21 +54,29 @@ class SampleQuestion:
 
     Attributes:
         generates: Whether some are generated too, of whose match lengths all must be known: such a look is not shared.
+        embeds: Whether the samples are embedded too.
+        ranks: Whether the objects of facts are ranked too.
         share: Which of the shares,
         shares: of how many.
     """
 
     epoch: int
     generates: bool = False
+    embeds: bool = False
+    ranks: bool = False
     share: int = 0
     shares: int = 1
 
     @staticmethod
     def of(spec: TrialSpec, epoch: int) -> "SampleQuestion":
         """What a trial asks at one of its probe epochs."""
-        stated = spec.probes.generation
-        generates = stated is not None and (epoch in stated.epochs or epoch == spec.num_epochs)
-        return SampleQuestion(epoch, generates=generates)
+
+        def is_asked(stated: GenerationSpec | FactsSpec | None) -> bool:
+            return stated is not None and (epoch in stated.epochs or epoch == spec.num_epochs)
+
+        probes = spec.probes
+        return SampleQuestion(epoch, generates=is_asked(probes.generation), embeds=probes.embeddings is not None,
+                              ranks=is_asked(probes.facts))  # fmt: skip
 
     def split(self, number: int) -> "list[SampleQuestion]":
         if self.generates:
@@ -64,29 +85,58 @@ class SampleQuestion:
 
     def join(self, answers: Sequence[SampleAnswer]) -> SampleAnswer:
         scores = [answer.scores for answer in answers if answer.scores is not None]
-        return SampleAnswer(SampleScores.concatenate(scores), answers[0].continuations)
+        embeddings = [answer.embeddings for answer in answers if answer.embeddings is not None]
+        return SampleAnswer(
+            scores=SampleScores.concatenate(scores),
+            continuations=answers[0].continuations,
+            embeddings=Embeddings.concatenate(embeddings) if embeddings else None,
+            compared=answers[0].compared,
+            ranks={index: ranks for answer in answers for index, ranks in answer.ranks.items()},
+        )
 
     def answer(self, looker: Looker) -> SampleAnswer:
-        samples = looker.material
+        spec, samples = looker.spec, looker.material
         assert isinstance(samples, Samples)
-        scores = self._scores(looker, samples)
-        if not self.generates:
-            return SampleAnswer(scores)
-        assert scores is not None
-        assert looker.model is not None  # an engine of many devices looks at snapshots
-        return SampleAnswer(scores, generated(looker.spec, samples, scores, looker.model, self.epoch))
+        own = self._own(samples)
+        scores = embeddings = compared = continuations = None
+        if own is not None:
+            scores = SampleScores.of(looker.score(samples.scored.of(own)), samples.order[own])
+        ranks: Mapping[int, Sequence[int]] = {}
+        if self.ranks and self.share == 0:  # by one alone: other passes would move the last bits, and with them a rank
+            ranks = object_ranks(spec, samples, asked_samples(spec, samples.known), looker.score)
+        if self.embeds and own is not None:
+            with evaluated(looker) as model:
+                embeddings = embed(model, samples, own)
+        encoder = spec.probes.embeddings.encoder if spec.probes.embeddings else None
+        if self.embeds and encoder and self.epoch == 0 and self.share == 0:
+            compared = encode(encoder, samples.known)
+        if self.generates:
+            assert scores is not None
+            with evaluated(looker) as model:
+                continuations = generated(spec, samples, scores, model, self.epoch)
+        return SampleAnswer(scores, continuations, embeddings, compared, ranks)
 
-    def _scores(self, looker: Looker, samples: Samples) -> SampleScores | None:
-        """The scores of its share; None where there are fewer passes than shares."""
+    def _own(self, samples: Samples) -> Int[ndarray, " rows"] | None:
+        """The rows of its share; None where there are fewer passes than shares."""
         rows, begin = [], 0
         for index, one in enumerate(scoring_passes(samples.scored)):
             if index % self.shares == self.share:
                 rows.append(np.arange(begin, begin + len(one.ids)))
             begin += len(one.ids)
-        if not rows:
-            return None
-        own = np.concatenate(rows)
-        return SampleScores.of(looker.score(samples.scored.of(own)), samples.order[own])
+        return np.concatenate(rows) if rows else None
+
+
+@contextmanager
+def evaluated(looker: Looker) -> Iterator[nn.Module]:
+    """The model of a looker in evaluation mode."""
+    model = looker.model
+    assert model is not None  # an engine of many devices looks at snapshots
+    was_training = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(was_training)
 
 
 def generated(spec: TrialSpec, samples: Samples, scores: SampleScores, model: nn.Module, epoch: int) -> Continuations:
@@ -97,12 +147,7 @@ def generated(spec: TrialSpec, samples: Samples, scores: SampleScores, model: nn
     num_match = num_match_of(scores, samples.known)
     chosen = chosen_samples(num_match[:native], stated.num_samples, seed=spec.string_seed, epoch=epoch)
     checked = np.arange(native)[: math.ceil(stated.checked_share * native)]
-    was_training = model.training
-    model.eval()
-    try:
-        return generate(model, samples.tokenizer, samples.known, num_match, chosen, checked)  # type: ignore[arg-type]
-    finally:
-        model.train(was_training)
+    return generate(model, samples.tokenizer, samples.known, num_match, chosen, checked)  # type: ignore[arg-type]
 
 
 class Waiting(NamedTuple):
@@ -175,7 +220,14 @@ def measure_answer(spec: TrialSpec, samples: Samples, epoch: int, answer: Sample
     """The measurement of a probe epoch, from what a look at its weights showed."""
     assert answer.scores is not None
     is_first = epoch == min(probe_epochs(spec))
-    table = sample_table(epoch, answer.scores, samples.known, answer.continuations, with_text=is_first)
+    beside: dict[str, pa.Array] = {}
+    if answer.embeddings is not None:
+        compared = (answer.compared or answer.embeddings) if epoch == 0 else None
+        beside |= embedding_columns(samples.known, answer.embeddings, compared)
+    if spec.probes.facts is not None:
+        ranks = [answer.ranks.get(index) for index in range(len(samples.known))]
+        beside["object_ranks"] = pa.array(ranks, type=pa.list_(pa.int32()))
+    table = sample_table(epoch, answer.scores, samples.known, answer.continuations, with_text=is_first, beside=beside)
     return replace(measure_samples(spec, table), corpus={"sha256": samples.digest, **samples.report})
 
 

@@ -2,11 +2,14 @@
 
 The operations are counted (every matrix product, causal attention at half its square), the memory is summed from what
 a step keeps alive, the seconds follow from a share of the peak rate that training steps of this kind reach and a fixed
-overhead a layer. Tests hold the operations to torch's own counter and the memory to a measured peak.
+overhead a layer. Tests hold the operations to torch's own counter and the memory to a measured peak. A sliding
+window is counted as none: it is made by a mask, and what a mask hides is computed all the same, so that it saves
+nothing (a window shorter than the string even costs the whole square, of which half is counted).
 """
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import numpy as np
 from memray import families
 from memray.accelerators import Accelerator, accelerator
 from memray.curriculum import BEFORE, num_replayed, strings_to_look_at
+from memray.generators.facts import NUM_OBJECTS, NUM_TEMPLATES
 from memray.probes import context_cost_tokens
 from memray.spec import ModelSpec, TrialSpec
 
@@ -97,21 +101,32 @@ def shape(model: ModelSpec) -> Shape:
     if model.path is not None:
         return _shape_in(Path(model.path), family)
     size = families.size(model.family, model.size)
-    matrices = _block_matrices(size.num_layers, size.hidden_size, size.intermediate_size, family)
+    attention = _attention_matrices(size.hidden_size, size.num_heads, size.num_key_value_heads)
+    matrices = _block_matrices(size.num_layers, size.hidden_size, size.intermediate_size, attention, family)
     head = size.vocab_size * size.hidden_size
     return Shape(size.num_layers, size.hidden_size, size.vocab_size, size.num_parameters, matrices + head)
 
 
-def _block_matrices(num_layers: int, hidden_size: int, intermediate_size: int, family: families.Family) -> int:
-    """Parameters of the matrices of all blocks: four of attention, and two or (gated) three of the feed-forward layer.
+def _attention_matrices(hidden_size: int, num_heads: int | None, num_key_value_heads: int | None) -> int:
+    """Parameters of the four matrices of one block's attention; two are narrower where heads share keys and values."""
+    if not num_heads or not num_key_value_heads:
+        return 4 * hidden_size**2
+    return 2 * hidden_size * (hidden_size + hidden_size * num_key_value_heads // num_heads)
+
+
+def _block_matrices(
+    num_layers: int, hidden_size: int, intermediate_size: int, attention: int, family: families.Family
+) -> int:
+    """Parameters of the matrices of all blocks: attention, and two or (gated) three of the feed-forward layer.
 
     Whether a family is gated is read off the exact parameter count of its largest size, where everything else is small.
     """
     size = max(family.sizes.values(), key=lambda each: each.num_parameters)
     embeddings = size.vocab_size * size.hidden_size * (1 if family.ties_embeddings else 2)
     block = (size.num_parameters - embeddings) / size.num_layers
-    num_feedforward = round((block - 4 * size.hidden_size**2) / (size.hidden_size * size.intermediate_size))
-    return num_layers * hidden_size * (4 * hidden_size + num_feedforward * intermediate_size)
+    feedforward = block - _attention_matrices(size.hidden_size, size.num_heads, size.num_key_value_heads)
+    num_feedforward = round(feedforward / (size.hidden_size * size.intermediate_size))
+    return num_layers * (attention + num_feedforward * hidden_size * intermediate_size)
 
 
 def _shape_in(path: Path, family: families.Family) -> Shape:
@@ -132,7 +147,8 @@ def _shape_in(path: Path, family: families.Family) -> Shape:
         )
     hidden_size, table = found["hidden_size"], found["vocab_size"] * found["hidden_size"]
     intermediate_size = found.get("intermediate_size") or 4 * hidden_size  # so GPT-2 where its config says nothing
-    matrices = _block_matrices(found["num_layers"], hidden_size, intermediate_size, family)
+    attention = _attention_matrices(hidden_size, found.get("num_heads"), found.get("num_key_value_heads"))
+    matrices = _block_matrices(found["num_layers"], hidden_size, intermediate_size, attention, family)
     is_tied = config.get("tie_word_embeddings", family.ties_embeddings)
     tables = table * (1 if is_tied else 2) + found["max_positions"] * hidden_size  # where positions rotate, too many
     return Shape(found["num_layers"], hidden_size, found["vocab_size"], matrices + tables, matrices + table)
@@ -184,13 +200,36 @@ def cost(spec: TrialSpec) -> Cost:
 
 def _work(spec: TrialSpec) -> Work:
     epochs, steps = spec.num_epochs, spec.num_epochs * spec.steps_per_epoch
-    num_probes = len({epoch for epoch in spec.probes.epochs if epoch <= epochs} | {epochs})
+    num_probes = _num_looks(spec, spec.probes.epochs)
+    if spec.corpus is not None:
+        return Work(steps * spec.strings_per_worker, steps, (), _samples_looked_at(spec))
     return Work(
         trained=steps * spec.strings_per_worker,
         steps=steps,
         scored=(spec.strings.num_strings,) * (epochs + 1 if spec.scores_apart else 1),
         looked_at=(spec.probes.num_held_out,) * num_probes,
     )
+
+
+def _num_looks(spec: TrialSpec, epochs: Sequence[int]) -> int:
+    """At how many of these epochs a trial is looked at, its last one among them."""
+    return len({epoch for epoch in epochs if epoch <= spec.num_epochs} | {spec.num_epochs})
+
+
+def _samples_looked_at(spec: TrialSpec) -> tuple[int, ...]:
+    """Samples of each look at a corpus; what is generated costs a pass, as if with a cache nothing were computed twice,
+    and each object that a fact could have, under each template, is a sample."""
+    corpus, probes = spec.corpus, spec.probes
+    assert corpus is not None
+    number = corpus.num_together + probes.num_held_out
+    looks = [number] * _num_looks(spec, probes.epochs) * (1 if probes.embeddings is None else 2)
+    if probes.generation is not None:
+        generated = probes.generation.num_samples + math.ceil(probes.generation.checked_share * corpus.num_samples)
+        looks += [generated] * _num_looks(spec, probes.generation.epochs)
+    if probes.facts is not None:
+        ranked = 2 * probes.facts.num_facts * NUM_TEMPLATES * NUM_OBJECTS
+        looks += [ranked] * _num_looks(spec, probes.facts.epochs)
+    return tuple(looks)
 
 
 def _sequence_work(spec: TrialSpec) -> Work:
@@ -250,7 +289,9 @@ def _num_trained(spec: TrialSpec, model: Shape) -> int:
     if spec.model.lora is not None:
         return 0
     block = (model.matrix_parameters - model.vocab_size * model.hidden_size) // model.num_layers
-    return model.num_parameters - len(spec.training.frozen_blocks) * block
+    frozen = len(spec.training.frozen_blocks) * block
+    frozen += model.vocab_size * model.hidden_size if spec.training.frozen_embeddings else 0
+    return model.num_parameters - frozen
 
 
 def _strings_per_forward(spec: TrialSpec) -> int:

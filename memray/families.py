@@ -35,6 +35,7 @@ class Size:
         vocab_size: Rows of the embedding. More than the tokenizer knows where the rows are padded.
         max_positions: Longest context in tokens, BOS included.
         num_parameters: Exact total, embeddings included, tied matrices counted once.
+        num_key_value_heads: Heads of keys and values, each shared by as many heads of queries; None: as many as those.
         config: What else the config of this size says, against the habit of its family.
     """
 
@@ -47,6 +48,7 @@ class Size:
     vocab_size: int
     max_positions: int
     num_parameters: int
+    num_key_value_heads: int | None = None
     config: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -111,9 +113,18 @@ _COMMON_KEYS = {
     "vocab_size": ("vocab_size",),
     "max_positions": ("max_position_embeddings",),
 }
+# And of those whose heads may share keys and values.
+_GROUPED_KEYS = _COMMON_KEYS | {"num_key_value_heads": ("num_key_value_heads",)}
 
 
-def _tiny(*, num_parameters: int, parameters_per_token: int = 256, intermediate_size: int = 512) -> dict[str, Size]:
+def _tiny(
+    *,
+    num_parameters: int,
+    parameters_per_token: int = 256,
+    intermediate_size: int = 512,
+    num_key_value_heads: int | None = None,
+    **config: object,
+) -> dict[str, Size]:
     """The two sizes that need no hub; `num_parameters` is that of "tiny"."""
     more = parameters_per_token * (_NUM_PIECES - _NUM_CHARACTERS)
     vocabularies = {"tiny": (_NUM_CHARACTERS, 0), TEXT_SIZE: (_NUM_PIECES, more)}
@@ -128,8 +139,9 @@ def _tiny(*, num_parameters: int, parameters_per_token: int = 256, intermediate_
             vocab_size=vocab_size,
             max_positions=2048,
             num_parameters=num_parameters + beside,
+            num_key_value_heads=num_key_value_heads,
             # Where the tokenizers have them. The defaults of the config classes lie among the symbols.
-            config={"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
+            config={"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2} | config,
         )
         for name, (vocab_size, beside) in vocabularies.items()
     }
@@ -146,6 +158,7 @@ def _public(
     vocab_size: int,
     max_positions: int = 2048,
     intermediate_size: int | None = None,
+    num_key_value_heads: int | None = None,
     **config: object,
 ) -> Size:
     return Size(
@@ -158,6 +171,7 @@ def _public(
         vocab_size=vocab_size,
         max_positions=max_positions,
         num_parameters=num_parameters,
+        num_key_value_heads=num_key_value_heads,
         config=config,
     )
 
@@ -232,7 +246,7 @@ FAMILIES: dict[str, Family] = {
     "llama2": Family(
         name="llama2",
         config_class="LlamaConfig",
-        config_keys=_COMMON_KEYS,
+        config_keys=_GROUPED_KEYS,
         bos=True,
         ties_embeddings=False,
         learning_rate=5e-6,
@@ -256,6 +270,63 @@ FAMILIES: dict[str, Family] = {
                 40,
                 13_015_864_320,
                 intermediate_size=13824,
+            ),
+        },
+    ),
+    "llama3": Family(
+        name="llama3",
+        config_class="LlamaConfig",
+        config_keys=_GROUPED_KEYS,
+        bos=True,
+        ties_embeddings=False,
+        learning_rate=5e-6,
+        sizes={
+            # Gated, and wider than Llama 2 by about what two heads of keys and values save against four.
+            **_tiny(num_parameters=835_456, intermediate_size=384, num_key_value_heads=2),
+            "8b": _public(
+                "meta-llama/Llama-3.1-8B-Instruct",
+                "0e9e39f249a16976918f6564b8830bc894c89659",
+                32,
+                4096,
+                32,
+                8_030_261_248,
+                vocab_size=128256,
+                max_positions=131072,
+                intermediate_size=14336,
+                num_key_value_heads=8,
+                rope_parameters={
+                    "rope_type": "llama3",
+                    "rope_theta": 500000.0,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                },
+            ),
+        },
+    ),
+    "mistral": Family(
+        name="mistral",
+        config_class="MistralConfig",
+        config_keys=_GROUPED_KEYS,
+        bos=True,
+        ties_embeddings=False,
+        learning_rate=5e-6,
+        sizes={
+            # In a block a token sees the last 16, itself included: short samples have more.
+            **_tiny(num_parameters=835_456, intermediate_size=384, num_key_value_heads=2, sliding_window=16),
+            "7b": _public(
+                "mistralai/Mistral-7B-v0.1",
+                "27d67f1b5f57dc0953326b2601d68371d40ea8da",
+                32,
+                4096,
+                32,
+                7_241_732_096,
+                vocab_size=32000,
+                max_positions=32768,
+                intermediate_size=14336,
+                num_key_value_heads=8,
+                sliding_window=4096,
             ),
         },
     ),

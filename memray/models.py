@@ -166,11 +166,11 @@ def check_context(model: PreTrainedModel, num_tokens: int) -> None:
         )
 
 
-def freeze_blocks(model: PreTrainedModel, blocks: Sequence[int]) -> None:
-    """Trains all weights but those of the given blocks, counted from 0.
+def freeze(model: PreTrainedModel, blocks: Sequence[int], *, embeddings: bool = False) -> None:
+    """Trains all weights but those of the given blocks, counted from 0, and of the input embedding if so asked.
 
     Raises:
-        ValueError: If the model has no such block.
+        ValueError: If the model has no such block, or its input embedding is its head.
     """
     number = model.config.num_hidden_layers
     stacks = [each for each in model.modules() if isinstance(each, torch.nn.ModuleList) and len(each) == number]
@@ -179,6 +179,15 @@ def freeze_blocks(model: PreTrainedModel, blocks: Sequence[int]) -> None:
     model.requires_grad_(True)
     for block in blocks:
         stacks[0][block].requires_grad_(False)
+    if embeddings:
+        table = model.get_input_embeddings()
+        head = model.get_output_embeddings()
+        if head is not None and head.weight is table.weight:
+            raise ValueError(
+                "training.frozen_embeddings needs an input embedding of its own, but that of the model is its head; "
+                "leave it out, or take another model"
+            )
+        table.requires_grad_(False)
 
 
 def _is_built_in(spec: ModelSpec) -> bool:

@@ -239,6 +239,36 @@ class GenerationSpec(Part):
         return epochs
 
 
+class EmbeddingsSpec(Part):
+    """How alike the samples of a corpus are, and whether what the model makes of them collapses (protocol, section 7).
+
+    Attributes:
+        encoder: A sentence encoder, by directory or hub id, that says how alike samples are; None takes the model as
+            it was before training, the mean of its last hidden states. It is never the model as it was trained.
+    """
+
+    encoder: str | None = None
+
+
+class FactsSpec(Part):
+    """Whether memory reaches facts or only their wording: the rank of a fact's object among all of its relation, under
+    templates in which the fact was never told (protocol, section 7).
+
+    Attributes:
+        epochs: Probe epochs at which it is asked; the last epoch always is one.
+        num_facts: Facts that were trained, the first ones, and as many held-out ones beside them.
+    """
+
+    epochs: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    num_facts: Positive = 32
+
+    @field_validator("epochs")
+    @classmethod
+    def _ascending(cls, epochs: tuple[int, ...]) -> tuple[int, ...]:
+        _check_ascending("epochs of probes.facts", epochs)
+        return epochs
+
+
 class ProbesSpec(Part):
     """What is looked at while a trial trains.
 
@@ -250,6 +280,10 @@ class ProbesSpec(Part):
         context: The prefix and context probe; None is none.
         retention: Which strings of other stages are looked at, where there is a curriculum.
         generation: What is generated of the samples of a corpus; None is nothing.
+        embeddings: How alike samples are, and how many directions the model tells them apart in; None is not asked.
+        facts: Whether facts are known in words in which they were not told; None is not asked.
+        prefix_lengths: Tokens of the reference that are given beforehand: for each, how many more are recited, of the
+            samples that go on beyond the most of them and up to where all can be compared.
     """
 
     epochs: tuple[Annotated[int, Field(ge=0)], ...] = PROBE_EPOCHS
@@ -258,19 +292,34 @@ class ProbesSpec(Part):
     context: ContextSpec | None = None
     retention: RetentionSpec = RetentionSpec()
     generation: GenerationSpec | None = None
+    embeddings: EmbeddingsSpec | None = None
+    facts: FactsSpec | None = None
+    prefix_lengths: tuple[Annotated[int, Field(ge=0)], ...] = ()
 
-    @field_validator("epochs")
+    @field_validator("epochs", "prefix_lengths")
     @classmethod
-    def _ascending(cls, epochs: tuple[int, ...]) -> tuple[int, ...]:
-        _check_ascending("probe epochs", epochs)
-        return epochs
+    def _ascending(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        _check_ascending("probe epochs and probes.prefix_lengths", values)
+        return values
 
     @model_validator(mode="after")
-    def _generation_is_within(self) -> "ProbesSpec":
-        if self.generation is not None and (strange := sorted({*self.generation.epochs} - {*self.epochs})):
+    def _parts_are_within(self) -> "ProbesSpec":
+        for name in ("context", "generation", "facts"):
+            stated = getattr(self, name)
+            if stated is not None and (strange := sorted({*stated.epochs} - {*self.epochs})):
+                raise ValueError(
+                    f"probes.{name}.epochs must be among probes.epochs, but {strange} are not; add them there, or "
+                    "leave them out"
+                )
+        if self.embeddings is not None and 0 not in self.epochs:
             raise ValueError(
-                f"probes.generation.epochs must be among probes.epochs, but {strange} are not; add them there, or "
-                "leave them out"
+                "probes.embeddings compares samples before training, so that probes.epochs must begin with 0, but got "
+                f"{list(self.epochs)}; add it"
+            )
+        if self.facts is not None and self.facts.num_facts > self.num_held_out:
+            raise ValueError(
+                "probes.facts compares as many held-out facts as trained ones, so that facts.num_facts <= num_held_out "
+                f"must hold, but got {self.facts.num_facts} > {self.num_held_out}; hold out more, or ask of fewer"
             )
         return self
 
@@ -278,11 +327,6 @@ class ProbesSpec(Part):
     def _context_is_within(self) -> "ProbesSpec":
         if self.context is None:
             return self
-        if strange := sorted({*self.context.epochs} - {*self.epochs}):
-            raise ValueError(
-                f"probes.context.epochs must be among probes.epochs, but {strange} are not; add them there, or leave "
-                "them out"
-            )
         if self.context.num_held_out > self.num_held_out:
             raise ValueError(
                 f"probes.context.num_held_out must be at most probes.num_held_out, but got {self.context.num_held_out} "

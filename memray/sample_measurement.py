@@ -4,14 +4,17 @@ The same functions measure a trial while it trains and again from the ledger's r
 numbers to the last bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float32, Int, Int32
 from numpy import ndarray
 
+from memray.embedding import read_together
+from memray.fact_ranks import measure_facts
 from memray.generation import Continuations, nearness, weights_of
 from memray.measurement import Measurement
 from memray.measures.dependence import dependence
@@ -93,11 +96,13 @@ def sample_table(
     continuations: Continuations | None = None,
     *,
     with_text: bool,
+    beside: Mapping[str, pa.Array] = MappingProxyType({}),
 ) -> pa.Table:
     """One row a sample: what is known of it, of each target what the pass said, and what was generated.
 
     Args:
         with_text: Whether prefix and reference stand there too; else they are null.
+        beside: More columns.
     """
     told = continuations or Continuations({}, {})
     near = {index: nearness(known[index].text.reference.strip(), text.strip()) for index, text in told.text.items()}
@@ -129,6 +134,7 @@ def sample_table(
                 for name in SampleScores.COLUMNS
             },
             **generated,
+            **beside,
         }
     )
 
@@ -191,9 +197,15 @@ def measure_samples(spec: TrialSpec, table: pa.Table) -> Measurement:
     metrics["match/tie_rate"] = float((scored.predicted < 0).mean())
     native, _ = scored.reference(groups[""])
     metrics |= _shape(spec, native, scored.epoch)
-    if scored.epoch == spec.num_epochs:
-        metrics |= _dependence(spec, native)
+    if scored.epoch:
+        metrics |= _dependence(spec, native, scored.epoch)
     metrics |= _generated(scored, table)
+    metrics |= _by_prefix_length(native, spec.probes.prefix_lengths)
+    metrics |= read_together(table)
+    if spec.probes.facts is not None:
+        told = table["object_ranks"].to_pylist()
+        ranks = {index: each for index, each in enumerate(told) if each is not None}
+        metrics |= measure_facts(spec, scored.role, table["row"].to_numpy(), ranks)
     defined = {key: value for key, value in metrics.items() if np.isfinite(value)}
     return Measurement(spec.trial_id(), 0, scored.epoch, defined, samples=table)
 
@@ -264,9 +276,34 @@ def _shape(spec: TrialSpec, correctness: Correctness, epoch: int) -> dict[str, f
     }
 
 
-def _dependence(spec: TrialSpec, correctness: Correctness) -> dict[str, float]:
-    """Whether right tokens go together, beyond what samples and positions explain."""
-    rng = np.random.default_rng([_PERMUTATION_STREAM, spec.string_seed, spec.model_seed, spec.order_seed])
+def _by_prefix_length(correctness: Correctness, prefix_lengths: Sequence[int]) -> dict[str, float]:
+    """How many tokens are recited after the first few of a reference are given, by how many.
+
+    Of the references that go on beyond the most that are given, and up to as many tokens for each number of them: what
+    differs is the prefix alone.
+    """
+    if not prefix_lengths:
+        return {}
+    horizon = correctness.length - prefix_lengths[-1]
+    compared = np.flatnonzero(horizon > 0)
+    if not len(compared):
+        return {}
+    begins = (np.cumsum(correctness.length) - correctness.length)[compared]
+    runs = correctness.run_lengths()
+    metrics = {"prefix/compared": float(len(compared))}
+    for given in prefix_lengths:
+        recited = np.minimum(runs[begins + given], horizon[compared])
+        metrics[f"prefix/match_{given}"] = float(recited.mean())
+        metrics[f"prefix/whole_{given}"] = float((recited == horizon[compared]).mean())
+    return metrics
+
+
+def _dependence(spec: TrialSpec, correctness: Correctness, epoch: int) -> dict[str, float]:
+    """Whether right tokens go together, beyond what samples and positions explain.
+
+    Asked at every look, for in the end all of them may be right, which shows nothing.
+    """
+    rng = np.random.default_rng([_PERMUTATION_STREAM, spec.string_seed, spec.model_seed, spec.order_seed, epoch])
     bits, _ = correctness.as_matrix()
     found = dependence(bits, correctness.length, rng)
     excesses = {f"lag_{lag}": each for lag, each in found.lags.items()} | {"history": found.history}

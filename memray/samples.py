@@ -26,6 +26,7 @@ from memray.corpora import (
     read_rows,
     refusal,
     shown,
+    stripped,
 )
 from memray.encoding import AlphabetIds, Batch
 from memray.generators import Sample
@@ -125,6 +126,24 @@ def prepare_samples(spec: TrialSpec) -> Samples:
         report=report | left_out | {"cut": sum(sample.is_cut for sample in known)},
         tokenizer=tokenizer,
     )
+
+
+def encode_texts(spec: TrialSpec, samples: Samples, texts: Sequence[Sample]) -> Batch:
+    """Other samples as rows of which the references are scored, in the tokens of a trial.
+
+    Raises:
+        ValueError: If one is longer than the trial's samples may be.
+    """
+    assert spec.corpus is not None
+    encoder = _Encoder(spec.corpus, samples.tokenizer, bos=bool(spec.model.bos))
+    rows = []
+    for place, text in enumerate(texts):
+        encoded = encoder.encoded(Row(place, stripped(text)), HELD_OUT)
+        if isinstance(encoded, str):
+            raise ValueError(refusal(_FITS, {place: encoded}, f"what is asked about {name_of(spec.corpus.rows)}",
+                                     "a larger corpus.max_tokens"))  # fmt: skip
+        rows.append(_TokenRow(encoded.ids, np.arange(len(encoded.ids)) >= len(encoded.prompt_ids)))
+    return _batch(rows, encoder.pad_id)
 
 
 def _longest_first(known: Sequence[KnownSample]) -> Int[ndarray, " samples"]:

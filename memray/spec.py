@@ -340,6 +340,7 @@ class TrainingSpec(Part):
         strings_per_forward: Gradient accumulation: strings a forward pass inside one optimiser step; 0 means
             all of the step.
         frozen_blocks: Blocks (from 0) whose weights stay as they were.
+        frozen_embeddings: Whether those of the input embedding do.
         keep_weights: Which weights stay in the ledger.
     """
 
@@ -360,6 +361,7 @@ class TrainingSpec(Part):
     gradient_checkpointing: bool = False
     stop_when: StopWhen | None = None
     frozen_blocks: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    frozen_embeddings: bool = False
     keep_weights: Literal["none", "final", "probe_epochs"] = "none"
 
     @model_validator(mode="after")
@@ -424,9 +426,11 @@ class TrialSpec(Part):
 
     def _check_corpus(self) -> None:
         if self.corpus is None:
-            if self.probes.generation is not None:
+            asked = ("generation", "embeddings", "facts", "prefix_lengths")
+            if named := [f"probes.{name}" for name in asked if getattr(self.probes, name)]:
                 raise ValueError(
-                    "probes.generation asks for samples of a corpus, but the trial has none; set one, or leave it out"
+                    f"{' and '.join(named)} asks for samples of a corpus, but the trial has none; set one, or leave it "
+                    "out"
                 )
             return
         if self.model.path is None and self.model.size == "tiny":
@@ -446,6 +450,16 @@ class TrialSpec(Part):
         if any(refused.values()):
             named = ", ".join(name for name, is_set in refused.items() if is_set)
             raise ValueError(f"a trial with a corpus must go without {named}; leave that out")
+        if self.probes.facts is not None and self.corpus.rows.generator != "facts":
+            raise ValueError(
+                "probes.facts asks for the objects of generated facts, so corpus.rows.generator must be 'facts', but "
+                f"got {self.corpus.rows.generator!r}; take that generator, or leave probes.facts out"
+            )
+        if self.probes.facts is not None and self.probes.facts.num_facts > self.corpus.num_samples:
+            raise ValueError(
+                f"probes.facts.num_facts must be at most corpus.num_samples, but got {self.probes.facts.num_facts} > "
+                f"{self.corpus.num_samples}; ask of fewer"
+            )
 
     def _check_length(self) -> None:
         if self.model.path is not None:
@@ -540,6 +554,11 @@ class TrialSpec(Part):
                 "lora freezes every block already, so training.frozen_blocks must be left out, but got "
                 f"{list(frozen)}; choose one of the two"
             )
+        family = families.family(self.model.family)
+        is_tied = family.ties_embeddings and self.model.path is None
+        if self.training.frozen_embeddings and (self.model.lora is not None or is_tied):
+            why = "lora freezes them already" if self.model.lora is not None else f"those of {family.name} are its head"
+            raise ValueError(f"training.frozen_embeddings must be left out where {why}; leave it out")
         num_blocks = families.size(self.model.family, self.model.size).num_layers
         if frozen and self.model.path is None and frozen[-1] >= num_blocks:
             raise ValueError(

@@ -21,7 +21,7 @@ from memray.finetune import Engine, TorchEngine, finetune
 from memray.looks import EpochQuestion, Keeper, Look, Looked, OwnProber, Prober, check_second_scores, has_context
 from memray.material import Material, prepare
 from memray.measurement import Measurement, Measurer, Stopper, read_scores
-from memray.models import check_context, freeze_blocks, load_model
+from memray.models import check_context, freeze, load_model
 from memray.pretraining import pretrain_in_context
 from memray.samples import Samples, prepare_samples
 from memray.scoring import AlphabetIds, TokenScores
@@ -155,7 +155,7 @@ def run_trial(
     model = (shelf or ModelShelf()).model(spec, device)
     check_context(model, material.trained.ids.shape[1])
     if spec.model.lora is None:
-        freeze_blocks(model, spec.training.frozen_blocks)
+        freeze(model, spec.training.frozen_blocks, embeddings=spec.training.frozen_embeddings)
     engine = make_engine(spec, model, material.alphabet, device)
     prober = prober or OwnProber(spec, material, model if spec.compute.engine == "torch" else None)
     if isinstance(material, Samples):

@@ -9,17 +9,25 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from memray.generators import Sample
+from memray.measures.paired import paired_comparison
 from memray.measures.statistics import holm
 from memray.report import SPEED
 from memray.report.claims import CLAIMS, Claim, Finding, Judgement, claims_of, judge
 from memray.report.effects import UNBOUNDED, Mean, Shift
 from memray.report.estimands import over_num_strings
-from memray.report.replicates import extractable_beyond_robust, plateau, seen_cells
+from memray.report.mixes import mixes, overlaps
+from memray.report.records import RecordsOf
+from memray.report.replicates import correlation, extractable_beyond_robust, plateau, seen_cells
+from memray.report.sample_estimands import growth_while_flat, partly
+from memray.sample_measurement import SampleScores, sample_table
+from memray.samples import FOREIGN, NATIVE, KnownSample
 from memray.spec import LoraSpec, ModelSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.sweep import Sweep, replicates, vary
 
@@ -30,8 +38,13 @@ Cells = Sequence[dict[str, Any]]
 Rows = dict[int, dict[str, float]]
 
 
-def grid(name: str, cells: Cells, *, seeds: int, base: TrialSpec = BASE) -> Sweep:
-    return Sweep([vary(base, cell | seed) for cell in cells for seed in replicates(base, seeds)], name=name)
+def grid(name: str, cells: Cells, *, seeds: int, base: TrialSpec = BASE, trainings: int = 1) -> Sweep:
+    replicated = [
+        seed | {"order_seed": each} if trainings > 1 else seed
+        for seed in replicates(base, seeds)
+        for each in range(trainings)
+    ]
+    return Sweep([vary(base, cell | seed) for cell in cells for seed in replicated], name=name)
 
 
 def planted(sweep: Sweep, rows_of: Callable[[TrialSpec], Rows]) -> pd.DataFrame:
@@ -41,8 +54,60 @@ def planted(sweep: Sweep, rows_of: Callable[[TrialSpec], Rows]) -> pd.DataFrame:
         named = {"trial_id": trial.trial_id(), "cell_id": trial.cell_id(), **trial.params()}
         for epoch, values in rows_of(trial).items():
             present = {key: value for key, value in values.items() if math.isfinite(value)}
-            rows.append(named | {"epoch": epoch, "recall/robust": 0.9} | present)
+            always = {"recall/robust": 0.9} if trial.corpus is None else {"match/censored": 0.3}
+            rows.append(named | {"epoch": epoch} | always | present)
     return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The records of one trial of which there are samples alone."""
+
+    rows: pa.Table
+
+    def samples(self) -> pa.Table:
+        return self.rows
+
+    def tokens(self) -> pa.Table:
+        return pa.table({})
+
+    strings = context = matrix = tokens
+
+
+def sample_rows(
+    bits: Sequence[str],
+    *,
+    epoch: int = 1,
+    roles: Sequence[str] = (),
+    places: Sequence[int] = (),
+    texts: Sequence[Sample] = (),
+    beside: Mapping[str, pa.Array] | None = None,
+) -> pa.Table:
+    """A table of samples of which each digit says whether a token of the reference is right; native ones in a row."""
+    known = [
+        KnownSample(
+            role=roles[index] if roles else NATIVE,
+            place=places[index] if places else index,
+            text=texts[index] if texts else Sample(f"prefix {index}", f"reference {index}"),
+            prompt_ids=np.array([1]),
+            reference_ids=np.arange(len(own)),
+        )
+        for index, own in enumerate(bits)
+    ]
+    is_right = np.array([each == "1" for own in bits for each in own])
+    scores = SampleScores(
+        sample=np.repeat(np.arange(len(bits)), [len(own) for own in bits]).astype(np.int32),
+        log_prob=np.where(is_right, -0.1, -3.0).astype(np.float32),
+        predicted=np.zeros(len(is_right), dtype=np.int32),
+        rank=np.where(is_right, 0, 1).astype(np.int32),
+        is_right=is_right,
+    )
+    return sample_table(epoch, scores, known, with_text=bool(texts), beside=beside or {})
+
+
+def recited(lengths: Sequence[int], length: int = 60) -> list[str]:
+    """The bits of references of so many tokens, of which these are recited."""
+    return ["1" * each + "0" * (length - each) for each in lengths]
 
 
 # --- every claim ---------------------------------------------------------------------------------------------------
@@ -257,6 +322,71 @@ def informed(bits: float, spread: float) -> Plant:
     return single(normal_of=lambda normal: dict.fromkeys(keys, bits + spread * normal))
 
 
+def by_freezing(trial: TrialSpec) -> float:
+    return float(not trial.training.frozen_embeddings)
+
+
+def skewed_where_free(effect: float, spread: float) -> Plant:
+    def plant(trial: TrialSpec, normal: float) -> Rows:
+        return {0: {}, LAST: {"match/skewness": 2.0 + effect * by_freezing(trial) + spread * normal}}
+
+    return plant
+
+
+def collapsing(*, sign: int) -> Plant:
+    """Skewness rises as the effective rank falls, or with it, or (sign 0) as chance has it."""
+
+    def plant(trial: TrialSpec, normal: float) -> Rows:
+        epochs = (5, 10, 20, 40, LAST)
+        skewness = np.arange(5.0) if sign else np.random.default_rng(int(abs(normal) * 1e9)).permutation(np.arange(5.0))
+        rows = {
+            epoch: {"collapse/effective_rank": 10.0 + (sign or 1) * place, "match/skewness": float(skewness[place])}
+            for place, epoch in enumerate(epochs)
+        }
+        # Before training nothing goes with anything.
+        return {0: {"collapse/effective_rank": 10.0 - 99.0 * sign, "match/skewness": 99.0}} | rows
+
+    return plant
+
+
+def ranked(beyond: float, spread: float) -> Plant:
+    """Facts that were told rank so far before those that were not."""
+    return single(
+        normal_of=lambda normal: {
+            "facts/rank_unseen": 10.0, "facts/rank_unseen_controls": 10.0 + beyond + spread * normal
+        }
+    )  # fmt: skip
+
+
+def mixed(shift: float, spread: float) -> Plant:
+    """Foreign samples make the others be recited for longer by so many tokens; see `of_mixes`."""
+
+    def plant(trial: TrialSpec, normal: float) -> Rows:
+        assert trial.corpus is not None
+        return {0: {}, LAST: {"planted/shift": shift * (trial.corpus.num_foreign > 0) + spread * normal}}
+
+    return plant
+
+
+def of_mixes(sweep: Sweep, frame: pd.DataFrame) -> RecordsOf:
+    """What was planted, sample by sample: the shift, and beside it as much up as down where there are foreign ones."""
+    shifts = frame.loc[frame["epoch"] == LAST].set_index("trial_id")["planted/shift"]
+
+    def of(trial_id: str) -> Kept:
+        corpus = sweep.trial(trial_id).corpus
+        assert corpus is not None
+        sample = np.arange(corpus.num_samples)
+        aside = (1 + sample // 2 % 3) * np.where(sample % 2, 1, -1) * (corpus.num_foreign > 0)
+        lengths = np.clip(np.round(20 + sample % 7 + aside + shifts[trial_id]), 0, 60).astype(int).tolist()
+        bits = recited(lengths + [60] * corpus.num_foreign)
+        roles = [NATIVE] * corpus.num_samples + [FOREIGN] * corpus.num_foreign
+        places = [*range(corpus.num_samples), *range(corpus.num_foreign)]
+        texts = [Sample("Who?", " He.")] * len(bits)
+        return Kept(sample_rows(bits, epoch=LAST, roles=roles, places=places, texts=texts))
+
+    return of
+
+
 ALPHABETS: Cells = [{"strings.alphabet_size": size} for size in (2, 7, 26)]
 ENTROPIES: Cells = [{"strings.entropy_bits": bits} for bits in (1.0, 2.807, 4.7)]
 AT_ENTROPY: Cells = [{"strings.alphabet_size": size, "strings.entropy_bits": 1.0} for size in (2, 26)]
@@ -322,21 +452,35 @@ OVERLAPS: Cells = [
 TEMPLATES: Cells = [
     {"corpus.rows": {"generator": "biographies", "options": {"num_templates": number}}} for number in (1, 2, 8)
 ]
+MIXES: Cells = [
+    {"probes.compared_strings": 40} | mix
+    for mix in (
+        {"corpus.num_samples": 50},
+        {"corpus.num_samples": 40, "corpus.foreign": {"generator": "facts"}, "corpus.num_foreign": 10},
+    )
+]
+FREEZING: Cells = [{"training.frozen_embeddings": is_frozen} for is_frozen in (False, True)]
+OBJECTIVES: Cells = [{}, {"corpus.targets": "whole"}]
 SKEWS: Cells = [{"corpus.rows": {"generator": "frequencies", "options": {"skew": skew}}} for skew in (0.0, 0.5, 1.0)]
 
 
 @dataclass(frozen=True)
 class Planting:
-    """A study, and what has to be in its results for each verdict; for all rows, or those on what is named."""
+    """A study, and what has to be in its results for each verdict; for all rows, or those on what is named.
+
+    That something moves at all, however little, is never contradicted.
+    """
 
     claim: str
     cells: Cells
     supported: Plant
-    contradicted: Plant
+    contradicted: Plant | None
     noise: Plant
     num_findings: int = 1
     what: str = ""
     base: TrialSpec = BASE
+    trainings: int = 1
+    records: Callable[[Sweep, pd.DataFrame], RecordsOf] | None = None
 
 
 def values(key: str, supported: float, contradicted: float, noise: float, spread: float) -> tuple[Plant, Plant, Plant]:
@@ -397,13 +541,31 @@ PLANTINGS = [
     Planting("C1", [{}], tail_grows(5.0, 0.1), tail_grows(-5.0, 0.1), tail_grows(1.0, 8.0), 4, base=CORPUS),
     Planting("C2", [{}], *values("match/top_share_beyond_geometric", 0.3, -0.3, 0.05, 0.2), base=CORPUS),
     Planting("C3", SIZES, *matched(by_size, -0.7, 0.7), num_findings=2, base=CORPUS),
+    *(
+        Planting(
+            "C4", MIXES, mixed(shift, 0.3), mixed(0.0, 0.0), mixed(0.0, 5.0), base=CORPUS, trainings=3, records=of_mixes
+        )
+        for shift in (4.0, -4.0)
+    ),
     Planting("C5", [{}], skewed(2.0, 0.01), skewed(6.0, 0.01), skewed(3.0, 1.0), base=CORPUS),
     Planting("C6", [{}], informed(0.001, 0.0005), informed(0.2, 0.01), informed(0.01, 0.05), 2, base=CORPUS),
     Planting("C7", [{}], *values("match/expected_max_rise", 2.0, -2.0, 0.0, 2.0), base=CORPUS),
     Planting("C8", OVERLAPS, *matched(by_option("prefix_overlap"), 0.7, -0.7), num_findings=2, base=CORPUS),
     Planting("C9", OVERLAPS, *matched(by_option("continuation_overlap"), 0.7, -0.7), base=CORPUS),
+    Planting("C10 collapse", FREEZING, skewed_where_free(1.0, 0.1), None, skewed_where_free(0.0, 1.0), base=CORPUS),
+    Planting("C10 collapse", FREEZING, skewed_where_free(-1.0, 0.1), None, skewed_where_free(0.0, 1.0), base=CORPUS),
+    Planting("C10 skew", FREEZING, collapsing(sign=1), None, collapsing(sign=0), num_findings=2, base=CORPUS),
+    Planting("C10 skew", FREEZING, collapsing(sign=-1), None, collapsing(sign=0), num_findings=2, base=CORPUS),
+    Planting("C11", [{}], ranked(5.0, 0.5), ranked(-5.0, 0.5), ranked(0.0, 3.0), base=CORPUS),
     Planting("C12", TEMPLATES, *matched(by_option("num_templates"), 0.7, 0.0), num_findings=3, base=CORPUS),
     Planting("C12", SKEWS, *matched(by_option("skew"), -0.7, 0.0), num_findings=3, base=CORPUS),
+    Planting(
+        "C13 memorisation", OBJECTIVES, tail_grows(5.0, 0.1), tail_grows(-5.0, 0.1), tail_grows(1.0, 8.0), 8,
+        base=CORPUS,
+    ),
+    Planting(
+        "C13 a few", OBJECTIVES, *values("match/top_share_beyond_geometric", 0.3, -0.3, 0.05, 0.2), 2, base=CORPUS
+    ),
 ]  # fmt: skip
 
 
@@ -417,11 +579,12 @@ def claims_named(name: str) -> tuple[Claim, ...]:
 
 def findings(planting: Planting, plant: Plant, seed: int = 0) -> list[Finding]:
     claims = claims_named(planting.claim)
-    sweep = grid(claims[0].studies[0], planting.cells, seeds=5, base=planting.base)
+    sweep = grid(claims[0].studies[0], planting.cells, seeds=5, base=planting.base, trainings=planting.trainings)
     rng = np.random.default_rng(seed)
     frame = planted(sweep, lambda trial: plant(trial, float(rng.normal())))
+    records = planting.records and planting.records(sweep, frame)
     # Nothing is planted between the rates of one procedure.
-    found = [each for each in judge(sweep, frame) if each.claim in claims]
+    found = [each for each in judge(sweep, frame, records) if each.claim in claims]
     found = [each for each in found if planting.what in each.evidence.what]
     return [each for each in found if not each.evidence.where.startswith("learning_rate")]
 
@@ -434,7 +597,11 @@ each_planting = pytest.mark.parametrize(
 @each_planting
 @pytest.mark.parametrize("verdict", ["supported", "contradicted"])
 def test_a_claim_that_was_planted_is_judged_so(planting: Planting, verdict: Judgement):
-    found = findings(planting, getattr(planting, verdict))
+    plant = planting.supported if verdict == "supported" else planting.contradicted
+    if plant is None:
+        assert {(claim.direction, claim.smallest) for claim in claims_named(planting.claim)} == {("moves", 0.0)}
+        return
+    found = findings(planting, plant)
     assert [each.verdict for each in found] == [verdict] * planting.num_findings
     for each in found:
         assert each.adjusted <= 0.05
@@ -450,9 +617,42 @@ def test_noise_is_undecided(planting: Planting):
         assert not each.deciding <= 5
 
 
+def on_corpus(rows: Rows) -> tuple[TrialSpec, pd.DataFrame]:
+    sweep = grid("duration", [{}], seeds=1, base=CORPUS)
+    return sweep.trials[0], planted(sweep, lambda trial: rows)
+
+
+def test_skew_is_read_where_samples_are_partly_recited():
+    shares = {0: 0.0, 1: 0.1, 5: 0.4, 10: 0.6, LAST: 1.0}
+    rows: Rows = {epoch: {"match/censored": share, "match/gini": epoch + 0.5} for epoch, share in shares.items()}
+    assert partly("match/gini")(*on_corpus(rows)) == 5.5
+    whole: Rows = {epoch: each | {"match/censored": 0.9 * (epoch > 0)} for epoch, each in rows.items()}
+    assert math.isnan(partly("match/gini")(*on_corpus(whole)))  # before training nothing is recited
+
+
+@pytest.mark.parametrize(
+    ("losses", "of_first", "expected"),
+    [
+        ((5.0, 1.0, 0.06, 0.03, 0.02), True, 13.0 - 5.0),  # within 0.05 of the last from epoch 2 on
+        ((5.0, 1.0, 0.06, 0.03, 0.02), False, math.nan),  # each a half of the one before
+        ((5.0, 1.0, 0.501, 0.503, 0.5), False, 13.0 - 5.0),
+        ((5.0, 0.5, 0.9, 0.503, 0.5), False, 13.0 - 9.0),  # it came back once
+        ((5.0, 5.0, 5.0, 5.0, 5.0), True, 13.0 - 1.0),  # but not from before training
+        ((5.0, 4.0, 3.0, 2.0, 1.0), True, math.nan),
+    ],
+)
+def test_growth_is_counted_from_where_on_the_loss_is_flat(losses: tuple[float, ...], of_first: bool, expected: float):
+    """However many looks there are within it."""
+    rows: Rows = {
+        epoch: {"recall/nll_nats": loss, "match/q99": 4.0 * epoch - 3.0 if epoch else 0.0}
+        for epoch, loss in enumerate(losses)
+    }
+    assert growth_while_flat("match/q99", of_first=of_first)(*on_corpus(rows)) == pytest.approx(expected, nan_ok=True)
+
+
 def test_every_claim_is_planted():
     planted_ids = {planting.claim.partition(" ")[0] for planting in PLANTINGS}
-    about = {"A": range(1, 18), "B": range(1, 7), "C": (1, 2, 3, 5, 6, 7, 8, 9, 12)}
+    about = {"A": range(1, 18), "B": range(1, 7), "C": range(1, 14)}
     numbered = {f"{letter}{number}" for letter, numbers in about.items() for number in numbers}
     assert planted_ids == {claim.id for claim in CLAIMS} == numbered
 
@@ -688,6 +888,90 @@ def test_extractability_is_compared_where_half_is_recalled_or_not_at_all():
         LAST: {"recall/robust": 1.0, "extractable/50": 0.5},
     }
     assert judge(sweep, planted(sweep, lambda trial: at_the_ends)) == []
+
+
+def test_mixes_are_compared_on_the_samples_that_both_train_and_on_means_over_trainings():
+    sweep = grid("composition", MIXES, seeds=1, base=CORPUS, trainings=3)
+    frame = planted(sweep, lambda trial: {0: {}, LAST: {"match/mean": 1.0}})
+    rng = np.random.default_rng(0)
+    lengths = {trial.trial_id(): rng.integers(0, 30, size=50) for trial in sweep.trials}
+
+    def of(trial_id: str) -> Kept:
+        corpus = sweep.trial(trial_id).corpus
+        assert corpus is not None
+        roles = [NATIVE] * corpus.num_samples + [FOREIGN] * corpus.num_foreign
+        # The first native row of the one mix is not trained in the other; foreign rows are counted anew.
+        places = [99 if corpus.num_foreign else 0, *range(1, corpus.num_samples), *range(corpus.num_foreign)]
+        bits = recited(lengths[trial_id].tolist())
+        before = sample_rows(recited([0] * 50), epoch=0, roles=roles, places=places)
+        return Kept(pa.concat_tables([before, sample_rows(bits, epoch=LAST, roles=roles, places=places)]))
+
+    (found,) = judge(sweep, frame, of)
+    # Rows 1 to 39: 40 and more are not to be compared.
+    by_mix = {0: [], 10: []}
+    for trial in sweep.trials:
+        assert trial.corpus is not None
+        by_mix[trial.corpus.num_foreign].append(lengths[trial.trial_id()][1:40])
+    native, foreign = (np.array(each, dtype=np.float64) for each in by_mix.values())
+    expected = paired_comparison(foreign.mean(axis=0), native.mean(axis=0), rng=None)
+    assert found.evidence.values[0].tolist() == [expected.effect]
+    assert found.evidence.what == "10 of facts added, against as many native ones"
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    within = [paired_comparison(mix[one], mix[other], rng=None) for mix in (foreign, native) for one, other in pairs]
+    size, chance = np.median([abs(each.effect) for each in within]), np.median([each.p_value for each in within])
+    assert found.evidence.notes == (
+        f"between mixes p = {expected.p_value:.2g} (median over string seeds); between trainings of one mix the effect "
+        f"is ±{size:.2f}, p = {chance:.2g} (medians)",
+        "39 of the 40 samples to be compared are trained in both",
+    )
+    assert judge(sweep, frame) == []
+    assert judge(sweep, frame, lambda trial_id: Kept(pa.table({}))) == []
+
+
+def test_too_few_trainings_of_a_mix_are_said_to_be_few():
+    for trainings, control in ((1, ""), (2, "; between trainings of one mix the effect is ±0.00, p = 1 (medians)")):
+        sweep = grid("composition", MIXES, seeds=5, base=CORPUS, trainings=trainings)
+        frame = planted(sweep, lambda trial: mixed(4.0, 0.0)(trial, 0.0))
+        (found,) = judge(sweep, frame, of_mixes(sweep, frame))
+        first, second = found.evidence.notes
+        assert first.partition("seeds)")[2] == control
+        assert second == f"training seeds a mix: {trainings}, where 3 are wanted"
+
+
+def test_four_trainings_of_a_mix_are_halved_in_three_ways():
+    cells = [cell | {"probes.compared_strings": 2} for cell in MIXES]
+    sweep = grid("composition", cells, seeds=1, base=CORPUS, trainings=4)
+    frame = planted(sweep, lambda trial: {0: {}, LAST: {"planted/shift": float(trial.order_seed)}})
+    (pair,) = mixes(seen_cells(sweep, frame, of_mixes(sweep, frame)))
+    (overlap,) = overlaps(*pair)
+    # Of trainings 0 to 3 apart: {0, 1} and {2, 3}, {0, 2} and {1, 3}, {0, 3} and {1, 2}, in either mix.
+    assert [each.effect for each in overlap.within] == [-1.0, -1.0, 0.0] * 2
+
+
+def test_what_moves_at_all_is_supported_where_the_interval_lies_off_zero_and_else_undecided():
+    for effect, verdict in ((1.0, "supported"), (-1.0, "supported"), (0.0, "undecided")):
+        sweep = grid("similarity", FREEZING, seeds=5, base=CORPUS)
+        plant = skewed_where_free(effect, 0.2)
+        frame = planted(sweep, lambda trial, plant=plant: plant(trial, [-2.0, -1.0, 0.0, 1.0, 2.0][trial.string_seed]))
+        (found,) = judge(sweep, frame)
+        assert (found.evidence.levels, found.verdict) == (("frozen", "free"), verdict)
+        assert found.estimate == pytest.approx(effect)
+        assert (found.interval.low > 0 or found.interval.high < 0) == (verdict == "supported")
+
+
+def test_a_correlation_over_epochs_leaves_out_the_first_and_needs_four():
+    def frame(values: Sequence[float]) -> pd.DataFrame:
+        rows = {epoch: {"a": float(epoch), "b": value} for epoch, value in enumerate(values)}
+        return planted(Sweep([BASE]), lambda trial: rows)
+
+    for values, expected in (
+        ([99.0, 1.0, 2.0, 4.0, 8.0], 1.0),
+        ([0.0, 4.0, 3.0, math.nan, 2.0, 1.0], -1.0),
+        ([0.0, 1.0, 3.0, 2.0, 4.0], 0.8),
+        ([0.0, 1.0, 2.0, 3.0], math.nan),
+        ([0.0, 1.0, 1.0, 1.0, 1.0], math.nan),
+    ):
+        np.testing.assert_allclose(correlation("a", "b")(BASE, frame(values)), expected)
 
 
 def test_alphabets_of_one_entropy_are_compared_skew_by_skew():

@@ -19,7 +19,7 @@ from memray.sweep import *
 
 # (the body of a study, what its refusal must say)
 BAD_STUDIES = {
-    "an unknown family": ("model=ModelSpec(family='pythai')", "did you mean 'pythia'? families: gpt2, llama2, opt, phi, pythia"),
+    "an unknown family": ("model=ModelSpec(family='pythai')", "did you mean 'pythia'? families: gpt2, llama2, llama3, mistral, opt, phi, pythia"),
     "an unknown size": ("model=ModelSpec(size='7b')", "unknown size of pythia '7b'"),
     "an entropy above log2 of the alphabet": ("strings=StringsSpec(alphabet_size=4, entropy_bits=2.5)", "log2 = 2.0"),
     "no entropy at all": ("strings=StringsSpec(entropy_bits=0.0)", "0 < entropy_bits <= log2(alphabet_size) must hold"),

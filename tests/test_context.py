@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy import ndarray
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from memray import context
 from memray.context import Reader, mask_entries, packs, probe_context
@@ -165,6 +172,15 @@ def test_every_cell_of_the_grid_equals_that_of_one_prompt_through_the_plain_mode
     assert assert_read_literally(model_of("gpt2"), strings_of(10)[0], spec, bos=bos) > 60
 
 
+def window_of(window: int, *, num_layers: int = 2) -> nn.Module:
+    config = MistralConfig(
+        vocab_size=187, hidden_size=32, intermediate_size=64, num_hidden_layers=num_layers, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=window,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return sharpened(MistralForCausalLM(config).eval())
+
+
 def test_models_whose_heads_share_keys_are_read_alike() -> None:
     config = LlamaConfig(
         vocab_size=187, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -173,6 +189,23 @@ def test_models_whose_heads_share_keys_are_read_alike() -> None:
     torch.manual_seed(0)
     model = sharpened(LlamaForCausalLM(config).eval())
     assert_read_literally(model, strings_of(12)[0], ContextSpec(lengths=(0, 3), redraws=1), bos=True)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 6])
+@either_bos
+def test_a_model_that_sees_only_a_window_is_read_alike(window: int, bos: bool) -> None:
+    # Windows that end among the local tokens, among the remote ones, and where the two meet.
+    spec = ContextSpec(keep=("local", "remote"), lengths=(0, 2, 4), redraws=1)
+    assert assert_read_literally(window_of(window), strings_of(9)[0], spec, bos=bos) > 230
+
+
+def test_what_stands_before_a_window_is_not_heard() -> None:
+    # One block, which hands nothing on: a target hears the two tokens before it, whatever stands before them.
+    scores = probed(window_of(2, num_layers=1), strings_of(30), ContextSpec(lengths=(1, 2, 5), redraws=1), bos=False)
+    for k, is_heard in ((1, True), (2, False), (5, False)):
+        own, full = scores.of(Condition("local", k, 0.0, "source")), scores.of(None)
+        full = full.where(np.isin(full.position, own.position))
+        assert bool(np.abs(own.log_prob - full.log_prob).max() > 1e-3) is is_heard
 
 
 # --- the fast form -----------------------------------------------------------------------------------------------
@@ -334,7 +367,16 @@ def test_replacing_what_stands_before_changes_what_is_predicted(pythia: nn.Modul
 
 
 @pytest.mark.parametrize(
-    ("family", "is_rotary"), [("pythia", True), ("phi", True), ("llama2", True), ("gpt2", False), ("opt", False)]
+    ("family", "is_rotary"),
+    [
+        ("pythia", True),
+        ("phi", True),
+        ("llama2", True),
+        ("llama3", True),
+        ("mistral", True),
+        ("gpt2", False),
+        ("opt", False),
+    ],
 )
 def test_removed_in_place_is_recorded_as_removed_where_only_distances_count(family: str, is_rotary: bool) -> None:
     model, spec = model_of(family), ContextSpec(lengths=(0, 3), replacements=("none", "none_in_place"))
@@ -432,13 +474,15 @@ def test_a_bf16_model_is_probed_nearly_as_its_fp32_twin(pythia: nn.Module) -> No
     assert np.median(np.abs(ours.log_prob - theirs.log_prob)) < 0.1
 
 
-def test_a_model_that_sees_only_a_window_is_refused() -> None:
-    config = MistralConfig(
-        vocab_size=187, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=8,
+def test_a_model_of_which_only_some_blocks_see_a_window_is_refused_where_a_string_is_longer() -> None:
+    config = Qwen2Config(
+        vocab_size=187, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=1,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="mistral sees 8 tokens and a string has 21; shorten the strings"):
-        probed(MistralForCausalLM(config), strings_of(20), ContextSpec(), bos=False)
+    model, spec = Qwen2ForCausalLM(config), ContextSpec(lengths=(2,), replacements=("source",), redraws=1)
+    with pytest.raises(ValueError, match="some of qwen2 see 8 tokens and others more, and a string has 21; shorten"):
+        probed(model, strings_of(20), spec, bos=False)
+    assert len(probed(model, strings_of(7), spec, bos=False).string) > 0
 
 
 def test_a_probe_of_no_string_is_refused(pythia: nn.Module) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from memray.corpus_trial import SampleQuestion
+from memray.families import FAMILIES
 from memray.finetune import Engine, learning_rate, scoring_passes
 from memray.looks import Checkpoint, Looker
 from memray.measurement import Measurement, samples_table, string_table, token_table
@@ -122,7 +123,7 @@ def train_to_partial_recall(family: str, targets: str) -> tuple[TrialSpec, torch
     return spec, model.eval()
 
 
-@pytest.mark.parametrize("family", ["pythia", "phi", "llama2", "gpt2", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_match_length_is_what_generate_gives(family: str):
     """Of every sample; from every prefix of it in one family, from the reference and two others elsewhere."""
     spec, model = train_to_partial_recall(family, "whole")
@@ -261,3 +262,25 @@ def test_a_tiny_model_recites_what_it_was_shown_often_and_not_what_it_never_saw(
     assert last.metrics["match/mean"] > 3 * last.metrics["match/heldout_mean"]
     assert last.metrics["match/censored"] > 0.5
     assert load_tokenizer(SMALL.model).vocab_size == 2048
+
+
+def test_match_lengths_after_given_tokens_are_those_of_a_literal_reading():
+    given = (0, 1, 3)
+    spec = changed(SMALL, training__epochs=14, probes__epochs=(), probes__prefix_lengths=given)
+    (last,) = measured(spec)
+    (scored,) = ScoredSamples.read(last.samples)
+    correctness, _ = scored.reference(scored.role == "native")
+    references = np.split(correctness.is_right, np.cumsum(correctness.length)[:-1])
+    long = [each for each in references if len(each) > 3]
+    assert last.metrics["prefix/compared"] == len(long) > 0
+    for number in given:
+        found = []
+        for each in long:
+            recited = 0
+            while recited < len(each) - 3 and each[number + recited]:
+                recited += 1
+            found.append(recited)
+        assert last.metrics[f"prefix/match_{number}"] == pytest.approx(np.mean(found))
+        whole = np.mean([recited == len(each) - 3 for each, recited in zip(long, found, strict=True)])
+        assert last.metrics[f"prefix/whole_{number}"] == pytest.approx(whole)
+    assert 0 < last.metrics["prefix/match_0"] < np.mean([len(each) - 3 for each in long])

@@ -129,7 +129,13 @@ def test_a_bos_is_a_token_too() -> None:
 
 @pytest.mark.parametrize(
     ("name", "size", "num_parameters"),
-    [("pythia", "1b", 1_011_781_632), ("llama2", "7b", 6_738_415_616), ("gpt2", "1.5b", 1_557_611_200)],
+    [
+        ("pythia", "1b", 1_011_781_632),
+        ("llama2", "7b", 6_738_415_616),
+        ("llama3", "8b", 8_030_261_248),
+        ("mistral", "7b", 7_241_732_096),
+        ("gpt2", "1.5b", 1_557_611_200),
+    ],
 )
 def test_a_public_model_takes_about_six_operations_a_parameter_and_token(
     name: str, size: str, num_parameters: int
@@ -162,6 +168,28 @@ def test_a_directory_has_the_shape_of_the_model_in_it(name: str, tmp_path: Path)
     assert found.matrix_parameters == tabled.matrix_parameters
     # A table of positions is counted where a family rotates, too: 2048 x 128 of a model of 0.8 million.
     assert tabled.num_parameters * 0.99 < found.num_parameters < tabled.num_parameters + 2048 * 128
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3", "mistral"])
+@pytest.mark.parametrize("num_key_value_heads", [1, 2, 4])
+def test_matrices_are_those_of_the_model_however_many_heads_share_keys(
+    name: str, num_key_value_heads: int, tmp_path: Path
+) -> None:
+    path = saved(tmp_path, name, num_key_value_heads=num_key_value_heads)
+    model = load_model(tiny(name, path=path), seed=0)
+    table = model.get_input_embeddings().weight  # type: ignore[operator]
+    matrices = [each for each in model.parameters() if each.ndim == 2 and each is not table]
+    assert shape(tiny(name, path=path)).matrix_parameters == sum(each.numel() for each in matrices)
+
+
+@each_family
+def test_matrices_of_a_size_are_those_of_the_model(name: str) -> None:
+    model = load_model(tiny(name), seed=0)
+    head = model.get_output_embeddings().weight  # type: ignore[operator]
+    # Tables are only looked up, but one that is the head multiplies too.
+    tables = {id(each.weight) for each in model.modules() if isinstance(each, torch.nn.Embedding)} - {id(head)}
+    matrices = [each for each in model.parameters() if each.ndim == 2 and id(each) not in tables]
+    assert shape(tiny(name)).matrix_parameters == sum(each.numel() for each in matrices)
 
 
 def test_the_width_of_a_model_is_that_of_its_blocks_not_of_its_embeddings(tmp_path: Path) -> None:
@@ -495,3 +523,23 @@ def test_every_accelerator_is_known_by_its_name_and_an_unknown_one_is_answered_w
         assert row.bf16_flops > 0 < row.fp32_flops
     with pytest.raises(ValueError, match=r"unknown accelerator 'h100'; did you mean 'h200'\? accelerators: cpu, t4, "):
         accelerators.accelerator("h100")
+
+
+def test_looks_at_a_corpus_are_counted_sample_by_sample() -> None:
+    fields = {
+        "corpus": {"rows": {"generator": "facts"}, "num_samples": 16, "max_tokens": 32},
+        "model": {"size": "tiny-text"},
+        "training": {"epochs": 4},
+    }
+
+    def looked_at(**probes: object) -> float:
+        """Forward passes over a sample that looks take."""
+        spec = TrialSpec.model_validate(fields | {"probes": {"epochs": (0, 2), "num_held_out": 4, **probes}})
+        model = shape(spec.model)
+        one_pass = 2.0 * model.matrix_parameters * 32 + 2 * model.num_layers * model.hidden_size * 32**2
+        return cost(spec).probe_flops / one_pass
+
+    assert looked_at() == pytest.approx(3 * 20)  # at 0, 2 and the last epoch
+    assert looked_at(embeddings={}) == pytest.approx(2 * 3 * 20)
+    assert looked_at(facts={"num_facts": 2, "epochs": (2,)}) == pytest.approx(3 * 20 + 2 * (2 * 2 * 4 * 32))
+    assert looked_at(generation={"num_samples": 5, "checked_share": 0.25}) == pytest.approx(3 * 20 + 5 + 4)

@@ -3,6 +3,8 @@
 The parameter counts of the public sizes are the published ones, so both shapes and counts are tested.
 """
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -13,10 +15,15 @@ from memray.families import FAMILIES, Family, family, size
 SIZES = [(name, each) for name, known in FAMILIES.items() for each in known.sizes]
 
 
+def config_of(family_name: str, size_name: str) -> Any:
+    known = family(family_name)
+    return getattr(transformers, known.config_class)(**known.config_arguments(known.sizes[size_name]))
+
+
 @pytest.mark.parametrize(("family_name", "size_name"), SIZES)
 def test_a_size_has_exactly_the_parameters_that_the_table_says(family_name: str, size_name: str):
     known, shape = family(family_name), size(family_name, size_name)
-    config = getattr(transformers, known.config_class)(**known.config_arguments(shape))
+    config = config_of(family_name, size_name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == shape.num_parameters
@@ -44,6 +51,8 @@ def test_the_table_holds_every_public_size():
         "pythia": {*pythia, *deduped},
         "phi": {"1", "1.5", "2"},
         "llama2": {"7b", "13b"},
+        "llama3": {"8b"},
+        "mistral": {"7b"},
         "gpt2": {"124m", "355m", "774m", "1.5b"},
         "opt": {"125m", "350m", "1.3b", "2.7b", "6.7b", "13b"},
     }
@@ -64,12 +73,44 @@ def test_every_public_size_names_a_pinned_revision_of_its_own_repository(known: 
     assert len({each.hub_id for each in public}) == len(public)
 
 
-def test_only_llama2_and_opt_start_with_bos_and_take_the_lower_rate():
-    assert {name for name, known in FAMILIES.items() if known.bos} == {"llama2", "opt"}
+@pytest.mark.parametrize(("family_name", "public"), [("llama3", "8b"), ("mistral", "7b")])
+def test_heads_share_keys_and_values_in_every_size_of_a_grouped_family(family_name: str, public: str):
+    shared = {name: config_of(family_name, name).num_key_value_heads for name in family(family_name).sizes}
+    assert shared == {"tiny": 2, "tiny-text": 2, public: 8}
+
+
+def test_where_nothing_is_said_as_many_heads_have_keys_and_values_as_have_queries():
+    for name, shape in family("llama2").sizes.items():
+        assert shape.num_key_value_heads is None
+        assert config_of("llama2", name).num_key_value_heads == shape.num_heads
+
+
+def test_mistral_sees_a_window_and_llama3_rotates_as_published():
+    windows = {name: config_of("mistral", name).sliding_window for name in family("mistral").sizes}
+    assert windows == {"tiny": 16, "tiny-text": 16, "7b": 4096}
+    assert config_of("llama3", "8b").rope_parameters == {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def test_tiny_models_of_separate_embeddings_have_about_as_many_parameters_as_each_other():
+    separate = [known.sizes["tiny"].num_parameters for known in FAMILIES.values() if not known.ties_embeddings]
+    assert max(separate) < 1.01 * min(separate)
+
+
+def test_only_llama_mistral_and_opt_start_with_bos_and_take_the_lower_rate():
+    assert {name for name, known in FAMILIES.items() if known.bos} == {"llama2", "llama3", "mistral", "opt"}
     assert {name: known.learning_rate for name, known in FAMILIES.items()} == {
         "pythia": 1e-5,
         "phi": 1e-5,
         "llama2": 5e-6,
+        "llama3": 5e-6,
+        "mistral": 5e-6,
         "gpt2": 1e-5,
         "opt": 5e-6,
     }
@@ -79,7 +120,8 @@ def test_an_unknown_family_is_answered_with_the_nearest_one():
     with pytest.raises(ValueError, match="unknown model family") as raised:
         family("pythai")
     assert str(raised.value) == (
-        "unknown model family 'pythai'; did you mean 'pythia'? families: gpt2, llama2, opt, phi, pythia"
+        "unknown model family 'pythai'; did you mean 'pythia'? "
+        "families: gpt2, llama2, llama3, mistral, opt, phi, pythia"
     )
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from memray.encoding import ordinary_ids
-from memray.models import load_model, load_tokenizer
+from memray.families import FAMILIES
+from memray.models import freeze, load_model, load_tokenizer
 from memray.pretraining import pretrain_in_context, random_strings
 from memray.spec import InContextSpec, LoraSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.trial import ModelShelf, run_trial
@@ -94,7 +95,7 @@ def test_without_steps_nothing_else_may_be_said_of_it() -> None:
         ModelSpec(in_context=InContextSpec(steps=1), lora=LoraSpec())
 
 
-@pytest.mark.parametrize("family", ["pythia", "phi", "llama2", "gpt2", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_frozen_blocks_keep_their_weights_and_all_others_move(family: str) -> None:
     spec = TrialSpec(
         strings=StringsSpec(length=16),
@@ -115,6 +116,33 @@ def test_frozen_blocks_keep_their_weights_and_all_others_move(family: str) -> No
         # A bias of the keys moves no softmax, so that its gradient is 0 up to rounding.
         assert moved[name] == (number not in (0, 2)) or "k_proj.bias" in name, name
     assert any(moved[name] for name in moved if name not in in_blocks)
+
+
+@pytest.mark.parametrize("family", [name for name, each in FAMILIES.items() if not each.ties_embeddings])
+def test_frozen_embeddings_keep_their_weights_and_all_others_move(family: str) -> None:
+    spec = TrialSpec(
+        strings=StringsSpec(length=16),
+        model=ModelSpec(family=family),
+        training=TrainingSpec(epochs=2, learning_rate=1e-2, frozen_embeddings=True),
+        probes=ProbesSpec(num_held_out=0),
+    )
+    shelf = ModelShelf()
+    for _ in run_trial(spec, shelf=shelf):
+        pass
+    assert shelf._model is not None
+    base = dict(load_model(spec.model, seed=0).named_parameters())
+    kept = {name for name, weight in shelf._model.named_parameters() if torch.equal(weight, base[name])}
+    assert [name for name in kept if "k_proj.bias" not in name] == [name for name in base if "embed" in name][:1]
+
+
+def test_embeddings_that_are_the_head_cannot_be_frozen() -> None:
+    frozen = TrainingSpec(frozen_embeddings=True)
+    with pytest.raises(ValueError, match="must be left out where those of gpt2 are its head"):
+        TrialSpec(model=ModelSpec(family="gpt2"), training=frozen)
+    with pytest.raises(ValueError, match="must be left out where lora freezes them already"):
+        TrialSpec(model=ModelSpec(lora=LoraSpec()), training=frozen)
+    with pytest.raises(ValueError, match="that of the model is its head"):
+        freeze(load_model(ModelSpec(family="gpt2"), seed=0), (), embeddings=True)
 
 
 def test_a_trial_after_one_with_frozen_blocks_trains_all_of_them() -> None:

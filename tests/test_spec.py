@@ -653,7 +653,10 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "an unknown source": ({"strings": {"kind": "random"}}, ["'iid', 'markov', 'repeated', 'hierarchical' or 'text'"]),
     "an unknown family": (
         {"model": {"family": "pythai"}},
-        ["unknown model family 'pythai'; did you mean 'pythia'? families: gpt2, llama2, opt, phi, pythia"],
+        [
+            "unknown model family 'pythai'; did you mean 'pythia'? families: gpt2, llama2, "
+            "llama3, mistral, opt, phi, pythia"
+        ],
     ),
     "an unknown size": (
         {"model": {"size": "1.4B"}},

@@ -18,6 +18,9 @@ SCALES: list[Scale] = ["tiny", "paper"]
 # with itself, placed elsewhere, and not one kind of trial with another.
 FEWER_REPLICATES = {"demo": 3, "scale": 1}
 
+# A replicate is a draw of samples, which each cell is trained on so many times.
+TRAININGS = {"composition": 3}
+
 # Studies whose question is what pre-training does.
 COMPARE_UNTRAINED = {"pretraining", "length"}
 
@@ -33,8 +36,9 @@ def paragraphs(path: Path) -> dict[str, str]:
     return {"Question": first} | {heading: text for heading, _, text in headed}
 
 
-def replicates_of(sweep: Sweep) -> set[int]:
-    return {len(trials) for trials in sweep.cells().values()}
+def replicates_of(sweep: Sweep) -> set[float]:
+    trainings = TRAININGS.get(sweep.name, 1)
+    return {len(trials) / trainings for trials in sweep.cells().values()}
 
 
 def test_there_are_studies() -> None:

@@ -125,7 +125,8 @@ def _work(config: dict[str, Any]) -> None:
         torch.cuda.set_device(get_device())
     shelf = ModelShelf(functools.partial(fetch, owner) if owner is not None else None, keeps_model=False)
     # Where the weights are shards, a probe of the context and generation need them whole.
-    own = SnapshotProber(config["spec"]) if spec.probes.context or spec.probes.generation else None
+    needs_whole = spec.probes.context or spec.probes.generation or spec.probes.embeddings
+    own = SnapshotProber(config["spec"]) if needs_whole else None
     prober = ActorProber(config["spec"], actors) if actors else own
     recorder = Recorder(spec, config["writer"], config["checkpoint"], trained=config["trained"], is_main=rank == 0)
     engines: list[DeepSpeedEngine] = []

@@ -1,4 +1,4 @@
-"""Corpora that need no network: samples of (prefix, reference) on what nothing but memory can tell.
+"""Corpora that need no network: samples of (prefix, reference) on what nothing but memory can tell, and source.
 
 Generators know nothing of tokenizers, prompts or models. To add one, write a dataclass and enter it in `GENERATORS`.
 """
@@ -12,6 +12,7 @@ from memray.generators.prose import Biographies, Questions
 from memray.generators.puzzles import Puzzles, solutions
 from memray.generators.random_words import Frequencies, Overlapping
 from memray.generators.sample import Generator, Sample
+from memray.generators.source import PythonSource
 from memray.names import unknown_name
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Generator",
     "Overlapping",
     "Puzzles",
+    "PythonSource",
     "Questions",
     "Sample",
     "fact_table",
@@ -38,6 +40,7 @@ GENERATORS: Mapping[str, type[Generator]] = {
     "puzzles": Puzzles,
     "overlapping": Overlapping,
     "frequencies": Frequencies,
+    "python_source": PythonSource,
 }
 """Every generator by name; the fields of each are its options."""
 

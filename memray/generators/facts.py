@@ -149,24 +149,45 @@ def fact_table(num_facts: int, seed: int) -> list[Fact]:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts(Generator):
-    """The table of facts, all under one template.
+    """The table of facts, each told under one template; the facts do not depend on which.
 
     Args:
-        template: Which one, from 0; the facts do not depend on it.
+        template: The first template, from 0.
+        num_templates: Templates from there on, which the subjects take in turn: all facts on a subject are told under
+            one, so that the corpus holds each wording and no fact in two.
 
     Raises:
-        ValueError: If there is no such template.
+        ValueError: If there are no such templates.
+
+    Example:
+        >>> [Facts(template=1, num_templates=2).template_of(place) for place in (0, 5, 6, 11, 12)]
+        [1, 1, 2, 2, 1]
     """
 
     limit: ClassVar[int] = NUM_FACTS
 
     template: int = 0
+    num_templates: int = 1
 
     def __post_init__(self) -> None:
         _require_template(self.template)
+        if self.num_templates not in range(1, NUM_TEMPLATES - self.template + 1):
+            raise ValueError(
+                f"1 <= num_templates <= {NUM_TEMPLATES - self.template} must hold from template {self.template} on, "
+                f"but got num_templates={self.num_templates}; choose a number in that range, or an earlier template"
+            )
+
+    def template_of(self, place: int) -> int:
+        """The template that a row of the table is told under, whatever the seed: a probe asks under the others.
+
+        Args:
+            place: The row, from 0.
+        """
+        return self.template + place // len(RELATIONS) % self.num_templates
 
     def _samples(self, num_samples: int, seed: int) -> list[Sample]:
-        return [fact.sample(self.template) for fact in fact_table(num_samples, seed)]
+        table = fact_table(num_samples, seed)
+        return [fact.sample(self.template_of(place)) for place, fact in enumerate(table)]
 
 
 def _relation(relation: str) -> tuple[str, tuple[str, ...]]:

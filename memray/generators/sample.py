@@ -13,8 +13,9 @@ class Sample(NamedTuple):
 
     Attributes:
         prefix: What is given. It does not end in white space.
-        reference: What is to follow. It begins with the one space that parts the two, so that the text is
-            `prefix + reference`, whose words a tokenizer with word-initial tokens cuts alike in both parts.
+        reference: What is to follow. It begins with the one blank that parts the two, so that the text is
+            `prefix + reference`: a space, that a tokenizer with word-initial tokens cuts words alike in both parts; in
+            source the end of a line.
     """
 
     prefix: str
@@ -36,6 +37,7 @@ class Purpose(IntEnum):
     FREQUENCY_NAMES = 9
     FREQUENCY_RANKS = 10
     FREQUENCY_WORDS = 11
+    SOURCE_ORDER = 12
 
 
 def random_generator(seed: int, purpose: Purpose, *indices: int) -> np.random.Generator:
@@ -70,10 +72,10 @@ def require_size(what: str, name: str, num: int, *, limit: int, seed: int) -> No
 class Generator(ABC):
     """What invents a corpus; its fields are its options, checked when it is made.
 
-    Every sample is ASCII on one line, and the prefixes of a corpus are distinct. Equal generators give equal samples
-    for equal seeds; sample i does not depend on how many are drawn. Generators of different kinds share no random
-    numbers, so that samples of one can be added to those of another under the same seed; those of one kind share
-    what their options do not touch, which takes noise out of comparisons between them.
+    Every sample is ASCII, on one line unless it is source, and the prefixes of a corpus are distinct. Equal generators
+    give equal samples for equal seeds; sample i does not depend on how many are drawn. Generators of different kinds
+    share no random numbers, so that samples of one can be added to those of another under the same seed; those of one
+    kind share what their options do not touch, which takes noise out of comparisons between them.
 
     Attributes:
         limit: How many samples there are.

@@ -26,7 +26,7 @@ class PairedComparison(NamedTuple):
 
     Attributes:
         effect: Matched-pairs rank-biserial correlation in [-1, 1]; above 0 where the first arm is larger.
-        interval: Its 95 % bootstrap interval over samples; nan with fewer than two.
+        interval: Its 95 % bootstrap interval over samples; nan with fewer than two, or where none was asked for.
         p_value: Of Wilcoxon's signed-rank test, two-sided.
         num_pairs: Samples.
         num_zeros: Those with equal values under both arms.
@@ -57,7 +57,7 @@ class UnpairedComparison(NamedTuple):
 def paired_comparison(
     first: Float[ndarray, " first"],
     second: Float[ndarray, " second"],
-    rng: np.random.Generator,
+    rng: np.random.Generator | None,
     resamples: int = 9_999,
 ) -> PairedComparison:
     """Wilcoxon's signed-rank test of two arms over the same samples, and its effect.
@@ -73,7 +73,7 @@ def paired_comparison(
     Args:
         first: Value of each sample under one arm.
         second: The same samples, in the same order, under the other.
-        rng: Draws the resamples of the interval.
+        rng: Draws the resamples of the interval; None: no interval.
         resamples: Their number.
 
     Returns:
@@ -97,9 +97,12 @@ def paired_comparison(
     num_zeros = int(np.count_nonzero(levels == 0.0))
     # The test sees only signs and order, and they are those of the differences.
     test: Any = stats.wilcoxon(levels, zero_method="pratt") if num_zeros < len(levels) else None
+    interval = Interval(np.nan, np.nan)
+    if rng is not None:
+        interval = bootstrap_interval(levels, statistic=_matched_pairs_effect, rng=rng, resamples=resamples)
     return PairedComparison(
         effect=float(_matched_pairs_effect(levels[None])[0]),
-        interval=bootstrap_interval(levels, statistic=_matched_pairs_effect, rng=rng, resamples=resamples),
+        interval=interval,
         p_value=float(test.pvalue) if test else 1.0,
         num_pairs=len(levels),
         num_zeros=num_zeros,

@@ -43,9 +43,12 @@ from memray.report.estimands import (
     together,
 )
 from memray.report.placements import varies_placement
+from memray.report.records import RecordsOf
 from memray.report.replicates import (
     accuracy_at_onset,
     accuracy_beyond_robust,
+    correlation,
+    difference,
     extractable_beyond_robust,
     first,
     last,
@@ -54,11 +57,15 @@ from memray.report.replicates import (
 )
 from memray.report.sample_estimands import (
     MEAN,
+    SKEWNESS,
     TAIL,
+    foreign_against_native,
+    free_against_frozen,
     growth_after_loss,
     inside_fitted_interval,
     over_corpus_size,
     over_option,
+    partly,
 )
 from memray.report.sequence_estimands import (
     BEYOND_HELDOUT,
@@ -129,6 +136,13 @@ class Claim:
 RANDOM_STRINGS = "arXiv 2407.19262"
 SKEWED = "arXiv 2502.01187"
 SPEED_TEXT = f"change of {SPEED}"
+PARTLY_TEXT = "at the last probe epoch at which fewer than half of the samples are recited whole"
+GROWTH_TEXT = "growth of the tail of match lengths from the probe epoch from which on the loss is flat to the last one"
+TOP_SHARE = "match/top_share_beyond_geometric"
+TOP_SHARE_TEXT = (
+    "share of all matched tokens that the top 1 % of samples hold, less that of a geometric distribution with the same "
+    f"references; {PARTLY_TEXT}"
+)
 
 CLAIMS = (
     Claim(
@@ -291,16 +305,12 @@ CLAIMS = (
     ),
     Claim(
         id="C1", sentence="Memorisation grows with training, after the loss is flat.", source=SKEWED,
-        studies=("duration", "objective"), estimand=growth_after_loss, about="corpora",
-        measured="growth of the tail of match lengths between probe epochs between which the loss is flat",
+        studies=("duration",), estimand=growth_after_loss, about="corpora", measured=GROWTH_TEXT,
         direction="rises", smallest=1.0, unit="tokens",
     ),
     Claim(
         id="C2", sentence="A few samples hold most of what is memorised.", source=SKEWED,
-        studies=("duration", "objective"), about="corpora",
-        estimand=in_each_cell(last("match/top_share_beyond_geometric")),
-        measured="share of all matched tokens that the top 1 % of samples hold, less that of a geometric distribution "
-        "with the same references",
+        studies=("duration",), about="corpora", estimand=in_each_cell(partly(TOP_SHARE)), measured=TOP_SHARE_TEXT,
         direction="rises", smallest=0.05, unit="of tokens",
     ),
     Claim(
@@ -310,26 +320,33 @@ CLAIMS = (
         direction="falls", smallest=0.10, unit="relative",
     ),
     Claim(
+        id="C4", sentence="A few foreign samples change the tail of the others.", source=SKEWED,
+        studies=("composition",), estimand=foreign_against_native, about="corpora",
+        measured="rank-biserial effect over the samples that both mixes train, of foreign samples against as many "
+        "native ones, on mean match lengths over training seeds",
+        direction="moves", smallest=0.1, unit="rank-biserial",
+    ),
+    Claim(
         id="C5", sentence="The skew follows from token generation.", source=SKEWED, studies=("duration",),
         estimand=inside_fitted_interval, about="corpora",
         measured="place of the observed skewness in the 95 % interval of the fitted beta-geometric curve, whose ends "
-        "are -1 and 1",
+        f"are -1 and 1; {PARTLY_TEXT}",
         direction="stays", smallest=1.0, unit="half-widths",
     ),
     Claim(
         id="C6", sentence="Right tokens are nearly independent of each other.", source=SKEWED,
-        studies=("duration",), about="corpora",
+        studies=("duration", "reasoning"), about="corpora",
         estimand=together(
-            in_each_cell(last("dependence/lag_1_bits"), "neighbours"),
-            in_each_cell(last("dependence/history_bits"), "a token and all before it"),
+            in_each_cell(partly("dependence/lag_1_bits"), "neighbours"),
+            in_each_cell(partly("dependence/history_bits"), "a token and all before it"),
         ),
-        measured="mutual information beyond what samples and positions explain",
+        measured=f"mutual information beyond what samples and positions explain, {PARTLY_TEXT}",
         direction="stays", smallest=0.01, unit="bits",
     ),
     Claim(
-        id="C7", sentence="Small probes miss the worst cases.", source=SKEWED, studies=("duration",),
-        estimand=in_each_cell(last("match/expected_max_rise")), about="corpora",
-        measured="E[max_z] at a fifth of the samples less that at a tenth of them",
+        id="C7", sentence="Small probes miss the worst cases.", source=SKEWED, studies=("duration", "probe_size"),
+        estimand=in_each_cell(partly("match/expected_max_rise")), about="corpora",
+        measured=f"E[max_z] at a fifth of the samples less that at a tenth of them, {PARTLY_TEXT}",
         direction="rises", smallest=0.0, unit="tokens",
     ),
     Claim(
@@ -349,16 +366,52 @@ CLAIMS = (
         direction="falls", smallest=0.10, unit="relative",
     ),
     Claim(
+        id="C10", sentence="Collapse of embeddings drives the skew: it differs where they are frozen.",
+        source="open question 1 of " + SKEWED, studies=("similarity",), estimand=free_against_frozen, about="corpora",
+        measured=f"skewness of the match lengths, from frozen input embeddings to free ones; {PARTLY_TEXT}",
+        direction="moves", smallest=0.0, unit="of skewness",
+    ),
+    Claim(
+        id="C10", sentence="Skew goes with the collapse of embeddings while a trial trains.",
+        source="open question 1 of " + SKEWED, studies=("similarity",), about="corpora",
+        estimand=in_each_cell(correlation("collapse/effective_rank", SKEWNESS)),
+        measured="Spearman correlation over probe epochs of the effective rank of the samples' embeddings and the "
+        "skewness of the match lengths",
+        direction="moves", smallest=0.0, unit="of 1",
+    ),
+    Claim(
+        id="C11", sentence="Memorisation reaches facts, not only their wording.",
+        source="open question 2 of " + SKEWED, studies=("facts",), about="corpora",
+        estimand=in_each_cell(difference("facts/rank_unseen_controls", "facts/rank_unseen")),
+        measured="rank of the object under templates in which a fact was not told, of facts that were never told less "
+        "that of trained ones",
+        direction="rises", smallest=0.0, unit="ranks",
+    ),
+    Claim(
         id="C12", sentence="Token frequency and diversity shape the skew.", source="a next check of " + SKEWED,
         studies=("token_frequency", "diversity"), about="corpora",
         estimand=together(
             *(
-                over_option(option, (("match/gini", "Gini"), (TAIL, "E[max_z]"), ("match/top_share", "top share")))
+                over_option(
+                    option, (("match/gini", "Gini"), (TAIL, "E[max_z]"), ("match/top_share", "top share")), at=partly
+                )
                 for option in ("skew", "num_templates")
             )
         ),
-        measured="skew of the match lengths, change from the first arm to the last",
+        measured=f"skew of the match lengths, change from the first arm to the last; {PARTLY_TEXT}",
         direction="moves", smallest=0.10, unit="relative",
+    ),
+    Claim(
+        id="C13", sentence="Memorisation grows after the loss is flat, whatever the architecture and the objective.",
+        source="a next check of " + SKEWED, studies=("architecture", "objective"), estimand=growth_after_loss,
+        about="corpora", measured=f"as C1, in each: {GROWTH_TEXT}",
+        direction="rises", smallest=1.0, unit="tokens",
+    ),
+    Claim(
+        id="C13", sentence="A few samples hold most of it, whatever the architecture and the objective.",
+        source="a next check of " + SKEWED, studies=("architecture", "objective"),
+        estimand=in_each_cell(partly(TOP_SHARE)), about="corpora", measured=f"as C2, in each: {TOP_SHARE_TEXT}",
+        direction="rises", smallest=0.05, unit="of tokens",
     ),
 )  # fmt: skip
 
@@ -404,12 +457,16 @@ def _subject(spec: TrialSpec) -> Subject:
     return "strings" if spec.curriculum is None else "sequences"
 
 
-def judge(sweep: Sweep, frame: pd.DataFrame) -> list[Finding]:
+def judge(sweep: Sweep, frame: pd.DataFrame, records: RecordsOf | None = None) -> list[Finding]:
     """The claims table of a sweep: a row for each claim and place where it can be judged.
 
     A sweep that was made for no claim judges those about the fields that it moves.
+
+    Args:
+        records: Of each trial; without them there is no evidence of what results do not hold.
     """
-    cells = [] if varies_placement(sweep) else seen_cells(sweep, frame)  # there a trial is compared with itself
+    # Where placement varies, a trial is compared with itself.
+    cells = [] if varies_placement(sweep) else seen_cells(sweep, frame, records)
     claims = claims_of(sweep)
     found = [
         _look(claim, evidence)

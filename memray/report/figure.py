@@ -54,6 +54,11 @@ class Line:
     colour: Any
     dash: Any
 
+    @property
+    def name(self) -> str:
+        """What tells it from the lines of all panels."""
+        return ", ".join(filter(None, (self.panel, self.label))) or "all"
+
 
 def write_sweep_figure(sweep: Sweep, frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Writes the figure of a sweep as `recall.png` into a folder, which is made, and returns its path in a list.

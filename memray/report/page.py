@@ -64,7 +64,8 @@ def write_report(
     token_figure = None if record is None else token_map(record)
     page = folder / "report.html"
     listed = most_memorised(sweep, frame, records) if records and has_corpus(sweep) else []
-    page.write_text(report_page(sweep, frame, figures, token_figure, provenance or {}, listed), encoding="utf-8")
+    written = report_page(sweep, frame, figures, token_figure, provenance or {}, listed, records)
+    page.write_text(written, encoding="utf-8")
     drawn = [*figures, token_figure] if token_figure else figures
     return [page, *write_sweep_figure(sweep, frame, folder), *(write_png(each, folder) for each in drawn)]
 
@@ -76,10 +77,11 @@ def report_page(
     tokens: Figure | None,
     provenance: Mapping[str, str],
     samples: Sequence[Mapping[str, Any]] = (),
+    records: RecordsOf | None = None,
 ) -> str:
     """The page: health, claims, the figures given, the cells, and what the numbers stand on."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    findings = judge(sweep, frame)
+    findings = judge(sweep, frame, records)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=sweep.name,
         question=sweep.question or sweep.name,
@@ -159,7 +161,7 @@ def _claimed(finding: Finding) -> str:
         "rises": f"above +{size}" if claim.smallest else "above 0",
         "falls": f"below −{size}",
         "stays": f"within ±{size}",
-        "moves": f"beyond ±{size}",
+        "moves": f"beyond ±{size}" if claim.smallest else "off 0",
         "does not rise": f"not above +{size}",
     }[claim.direction]
 

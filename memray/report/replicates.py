@@ -16,16 +16,21 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from numpy import ndarray
+from scipy import stats
 
 from memray.measures.phases import DURATIONS
 from memray.measures.statistics import censored_median
 from memray.report import SEEDS, SPEED, column, factors, spec_values, value_text
+from memray.report.records import RecordsOf
 from memray.spec import TrialSpec
 from memray.sweep import Sweep
 
 ONSET, PLATEAU = "phase/memorisation", "phase/plateau"
 # Between no recall and full recall, where all measures of it are the same.
 PARTLY_RECALLED = (0.25, 0.9)
+
+# Fewer points than these have a correlation by chance.
+FEWEST_POINTS = 4
 
 # Of a trial and its rows by epoch: one number.
 Quantity = Callable[[TrialSpec, pd.DataFrame], float]
@@ -43,12 +48,14 @@ class Seen:
         params: The flattened spec: a uniform source has its nominal entropy there.
         factors: The fields that the study moves, seeds apart, as `spec_values` gives them.
         rows: By trial.
+        records: Of each trial by its id, for what its rows do not hold; None where nobody has them.
     """
 
     spec: TrialSpec
     params: Mapping[str, Any]
     factors: Mapping[str, Any]
     rows: tuple[tuple[TrialSpec, pd.DataFrame], ...]
+    records: RecordsOf | None = None
 
     @property
     def columns(self) -> list[str]:
@@ -94,7 +101,7 @@ class Seen:
         return late_median([*values]) if values else math.nan
 
 
-def seen_cells(sweep: Sweep, frame: pd.DataFrame) -> list[Seen]:
+def seen_cells(sweep: Sweep, frame: pd.DataFrame, records: RecordsOf | None = None) -> list[Seen]:
     """The cells that have results, in the order of the sweep."""
     if not len(frame):
         return []
@@ -107,7 +114,8 @@ def seen_cells(sweep: Sweep, frame: pd.DataFrame) -> list[Seen]:
         values = spec_values(trials[0])
         moved = {name: values[name] for name in names}
         if present:
-            cells.append(Seen(spec=trials[0], params=trials[0].params(), factors=moved, rows=present))
+            own = Seen(spec=trials[0], params=trials[0].params(), factors=moved, rows=present, records=records)
+            cells.append(own)
     return cells
 
 
@@ -176,6 +184,31 @@ def difference(one: str, other: str) -> Quantity:
         return float(values[-1]) if len(values) else math.nan
 
     return quantity
+
+
+def correlation(one: str, other: str) -> Quantity:
+    """Spearman's correlation of two metrics over the epochs after training began at which both were measured."""
+
+    def quantity(trial: TrialSpec, rows: pd.DataFrame) -> float:
+        is_trained = column(rows, "epoch") > 0
+        return spearman(column(rows, one)[is_trained], column(rows, other)[is_trained])
+
+    return quantity
+
+
+def spearman(x: Float[ndarray, " points"], y: Float[ndarray, " points"]) -> float:
+    """Spearman's correlation of the points at which both are defined; nan where they are few, or one is constant.
+
+    Example:
+        >>> round(spearman(np.array([1.0, 2.0, 4.0, 8.0, np.nan]), np.array([1.0, 4.0, 2.0, 5.0, 9.0])), 3)
+        0.8
+    """
+    is_defined = ~np.isnan(x) & ~np.isnan(y)
+    x, y = x[is_defined], y[is_defined]
+    if len(x) < FEWEST_POINTS or np.ptp(x) == 0.0 or np.ptp(y) == 0.0:
+        return math.nan
+    found: Any = stats.spearmanr(x, y)
+    return float(found.statistic)
 
 
 speed = last(SPEED)

@@ -7,22 +7,26 @@ of them: the maximum itself has no interval.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 
-from memray.corpora import CorpusSpec
+from memray.corpora import CorpusSpec, name_of
 from memray.report import column
 from memray.report.estimands import Estimand, Evidence, between, within
+from memray.report.mixes import MIX, TRAININGS_WANTED, control, mixes, overlaps
+from memray.report.records import PARTLY
 from memray.report.replicates import Quantity, Seen, groups, last
 from memray.spec import TrialSpec
 
 NUM_SAMPLES = "corpus.num_samples"
 OPTIONS = "corpus.rows.options"
+FROZEN = "training.frozen_embeddings"
 TAIL, MEAN, LOSS = "match/expected_max", "match/mean", "recall/nll_nats"
+SKEWNESS = "match/skewness"
 
-# Between two probe epochs the loss is flat where it changes by less than this.
+# The loss is flat from where on it stays so near to what it comes to.
 FLAT = 0.01
 
 
@@ -32,21 +36,34 @@ def corpus_of(cell: Seen) -> CorpusSpec:
     return cell.spec.corpus
 
 
+def partly(key: str) -> Quantity:
+    """A metric at the last look of training at which fewer than half of the samples are recited whole.
+
+    Where all are, nothing is skewed and no token depends on another, whatever made it so. Nan where there is no such
+    look.
+    """
+
+    def quantity(trial: TrialSpec, rows: pd.DataFrame) -> float:
+        is_partial = (column(rows, "epoch") > 0) & (column(rows, "match/censored") < PARTLY)
+        return last(key)(trial, rows.loc[is_partial]) if is_partial.any() else math.nan
+
+    return quantity
+
+
 def growth_while_flat(key: str, *, of_first: bool) -> Quantity:
-    """How much a metric grows between probe epochs between which the loss is flat; nan where it never is.
+    """How much a metric grows from where on the loss is flat to the end; nan where it is flat at the last look alone.
 
     Args:
-        of_first: Whether flat means a change below 1 % of the loss before training, as a curve looks flat beside
-            where it began; else 1 % of the loss itself.
+        of_first: Whether flat means within 1 % of the loss before training, as a curve looks flat beside where it
+            began; else within 1 % of itself.
     """
 
     def quantity(trial: TrialSpec, rows: pd.DataFrame) -> float:
         loss, values = column(rows, LOSS), column(rows, key)
-        scale = np.full(len(loss) - 1, loss[0]) if of_first else loss[:-1]
-        is_flat = np.abs(np.diff(loss)) < FLAT * scale
-        # From before training to the first look nothing has been learned that could be flat.
-        is_flat[: int(np.argmax(column(rows, "epoch") > 0))] = False
-        return float(np.diff(values)[is_flat].sum()) if is_flat.any() else math.nan
+        is_flat = np.abs(loss - loss[-1]) < FLAT * (loss[0] if of_first else loss)
+        is_flat &= column(rows, "epoch") > 0  # before training nothing has been learned that could be flat
+        begins = len(loss) - int(np.logical_and.accumulate(is_flat[::-1]).sum())
+        return float(values[-1] - values[begins]) if begins < len(loss) - 1 else math.nan
 
     return quantity
 
@@ -57,7 +74,7 @@ def growth_after_loss(cells: Sequence[Seen]) -> list[Evidence]:
     for cell in cells:
         for key, name in ((TAIL, "E[max_z]"), ("match/q99", "q99")):
             for of_first, scale in ((True, "the loss before training"), (False, "itself")):
-                what = f"{name}, while the loss changes by less than 1 % of {scale}"
+                what = f"{name}, from where on the loss stays within 1 % of {scale}"
                 found += within(cell, growth_while_flat(key, of_first=of_first), where=cell.where(), what=what)
     return found
 
@@ -67,7 +84,7 @@ def inside_fitted_interval(cells: Sequence[Seen]) -> list[Evidence]:
 
     def quantity(trial: TrialSpec, rows: pd.DataFrame) -> float:
         observed, low, high = (
-            last(f"match/{name}")(trial, rows) for name in ("skewness", "skewness_low", "skewness_high")
+            partly(f"match/{name}")(trial, rows) for name in ("skewness", "skewness_low", "skewness_high")
         )
         return (observed - (low + high) / 2) / ((high - low) / 2) if high > low else math.nan
 
@@ -103,14 +120,16 @@ def over_option(
     order: Sequence[str] = (),
     *,
     held: tuple[str, str] | None = None,
+    at: Callable[[str], Quantity] = last,
 ) -> Estimand:
-    """Metrics at the end over the values of one option of the generator, where all else is equal.
+    """Metrics over the values of one option of the generator, where all else is equal.
 
     Args:
         option: Numbers ascend,
         order: and names are in this order.
         quantities: Metrics, and what to call them.
         held: Another option, and the value at which it is asked.
+        at: When.
     """
 
     def estimand(cells: Sequence[Seen]) -> list[Evidence]:
@@ -128,11 +147,52 @@ def over_option(
             where = ", ".join(f"{name} {value}" for name, value in _others(ordered[0], option).items())
             where = ", ".join(filter(None, (ordered[0].where((OPTIONS,)), where)))
             for metric, what in quantities:
-                levels = [(f"{_options(cell)[option]}", cell.values(last(metric))) for cell in ordered]
+                levels = [(f"{_options(cell)[option]}", cell.values(at(metric))) for cell in ordered]
                 found += between(levels, where=where, what=what)
         return found
 
     return estimand
+
+
+def foreign_against_native(cells: Sequence[Seen]) -> list[Evidence]:
+    """How the samples that two mixes share change with what is added to them: foreign samples, against as many native
+    ones. The replicate is the draw of samples, its value the rank-biserial effect over them.
+
+    It needs the records of the samples: without them there is no evidence.
+    """
+    found = []
+    for foreign, native in mixes(cells):
+        shared = overlaps(foreign, native)
+        if not shared:
+            continue
+        corpus = corpus_of(foreign)
+        assert corpus.foreign is not None
+        notes = [control(shared)]
+        compared = foreign.spec.probes.compared_strings or corpus.num_samples
+        if (fewest := min(len(each.rows) for each in shared)) < compared:
+            notes.append(f"{fewest} of the {compared} samples to be compared are trained in both")
+        if (fewest := min(each.num_trainings for each in shared)) < TRAININGS_WANTED:
+            notes.append(f"training seeds a mix: {fewest}, where {TRAININGS_WANTED} are wanted")
+        found.append(
+            Evidence(
+                where=foreign.where(MIX),
+                levels=("effect",),
+                values=(np.array([each.between.effect for each in shared]),),
+                what=f"{corpus.num_foreign} of {name_of(corpus.foreign)} added, against as many native ones",
+                notes=tuple(notes),
+            )
+        )
+    return found
+
+
+def free_against_frozen(cells: Sequence[Seen]) -> list[Evidence]:
+    """The skewness of partly recited samples, from embeddings that stay as they were to those that are trained."""
+    found = []
+    for group in groups([cell for cell in cells if FROZEN in cell.params], lambda cell: cell.held((FROZEN,))):
+        ordered = sorted(group, key=lambda cell: not cell.params[FROZEN])
+        levels = [("frozen" if cell.params[FROZEN] else "free", cell.values(partly(SKEWNESS))) for cell in ordered]
+        found += between(levels, where=ordered[0].where((FROZEN,)))
+    return found
 
 
 def _options(cell: Seen) -> dict[str, int | float | str]:

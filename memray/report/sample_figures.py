@@ -2,13 +2,15 @@
 probe sees of it, and which samples are memorised most.
 
 Metrics say how a trial went; the match lengths themselves stand in the records of its samples, of which the last epoch
-is drawn. Replicates of a cell are pooled where a figure shows a distribution.
+is drawn at which fewer than half are recited whole. Replicates of a cell are pooled where a figure shows a
+distribution.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +20,13 @@ from jaxtyping import Int
 from numpy import ndarray
 
 from memray.measures.match_length import Correctness, Hazards, fit_all
-from memray.measures.skew import LARGEST_SHARE, expected_max
+from memray.measures.skew import LARGEST_SHARE, expected_max, miss_probability
 from memray.report.charts import Chart, Style, Trace
 from memray.report.figure import Line, lines_of
-from memray.report.records import RecordsOf
-from memray.sample_measurement import ScoredSamples
-from memray.samples import NATIVE
-from memray.spec import TrialSpec
+from memray.report.probe_figures import replicate_trace
+from memray.report.records import RecordsOf, SamplesSeen
+from memray.report.replicates import Seen, last, seen_cells
+from memray.report.sample_scatters import Neighbours, mix_charts, neighbour_charts
 from memray.sweep import Sweep
 
 MAX_CELLS_APART = 4
@@ -32,56 +34,49 @@ NUM_LISTED = 20
 FIT_NAMES = {"geometric": "geometric", "linear": "linear p", "beta_geometric": "beta-geometric"}
 # Fewer samples at risk than this say nothing of a hazard.
 FEWEST_AT_RISK = 10
-
-
-@dataclass(frozen=True)
-class LastEpoch:
-    """The native samples of one trial at its last epoch."""
-
-    trial: TrialSpec
-    table: pa.Table
-    correctness: Correctness
-
-    @staticmethod
-    def of(trial: TrialSpec, samples: pa.Table) -> LastEpoch | None:
-        """From the records of a trial; None where there are none."""
-        if not samples.num_columns:
-            return None
-        epochs = samples["epoch"].to_numpy()
-        table = samples.filter(pa.array(epochs == epochs.max()))
-        (scored,) = ScoredSamples.read(table)
-        native = scored.role == NATIVE
-        return LastEpoch(trial, table.filter(pa.array(native)), scored.reference(native)[0])
-
+# The longest matches that a small probe is to find.
+WORST_CASES = 10
+WHEN = "At the last probe epoch at which fewer than half of the samples are recited whole"
+PREFIX_MATCH = re.compile(r"prefix/match_(\d+)")
 
 # The cells that have records, with the samples of each of their trials.
-Pooled = Sequence[tuple[Line, Sequence[LastEpoch]]]
+Pooled = Sequence[tuple[Line, Sequence[SamplesSeen]]]
 
 
 def sample_figures(sweep: Sweep, frame: pd.DataFrame, records: RecordsOf | None) -> list[Chart]:
     """The figures of the cells that have a corpus, in the order in which they are shown; none without one."""
     lines, factor = lines_of(sweep, frame)
     lines = [line for line in lines if line.trials[0].corpus is not None]
-    found = [_tail_and_loss(lines, frame)] if lines else []
-    if records is not None:
-        pooled = [(line, own) for line in lines if (own := _last_epochs(line, frame, records))]
-        found += [*_survival(pooled), *_hazards(pooled), *_small_probes(pooled)]
+    if not lines:
+        return []
+    cells = [cell for cell in seen_cells(sweep, frame, records) if cell.spec.corpus is not None]
+    pooled, near = _read(lines, records)
+    found = [_tail_and_loss(lines, frame)]
+    if pooled:
+        found += [*_survival(pooled), *_hazards(pooled), *_small_probes(pooled), *_missed(pooled)]
+    found += [*_by_prefix(lines, cells), *neighbour_charts(near), *mix_charts(cells)]
     legend_title = factor.rpartition(".")[2]
-    return [replace(chart, legend_title=legend_title) for chart in found]
+    return [replace(chart, legend_title=chart.legend_title or legend_title) for chart in found]
 
 
-def _last_epochs(line: Line, frame: pd.DataFrame, records: RecordsOf) -> list[LastEpoch]:
-    with_results = set(frame["trial_id"])
-    present = [trial for trial in line.trials if trial.trial_id() in with_results]
-    found = (LastEpoch.of(trial, records(trial.trial_id()).samples()) for trial in present)
-    return [each for each in found if each is not None]
+def _read(lines: Sequence[Line], records: RecordsOf | None) -> tuple[Pooled, list[tuple[Line, Sequence[Neighbours]]]]:
+    """What is drawn of the records of each cell, which are read once."""
+    pooled, near = [], []
+    for line in lines if records is not None else ():
+        assert records is not None
+        ended, neighbours = [], []
+        for trial in line.trials:  # one after another, for all of their tables may not fit into memory
+            samples = records(trial.trial_id()).samples()
+            if (seen := SamplesSeen.partly(trial, samples)) is not None:
+                ended.append(seen)
+                neighbours.append(Neighbours.of(seen, samples))
+        if ended:
+            pooled.append((line, ended))
+            near.append((line, neighbours))
+    return pooled, near
 
 
-def _name(line: Line) -> str:
-    return ", ".join(filter(None, (line.panel, line.label))) or "all"
-
-
-def _pooled(own: Sequence[LastEpoch]) -> Correctness:
+def _pooled(own: Sequence[SamplesSeen]) -> Correctness:
     return Correctness(
         np.concatenate([each.correctness.is_right for each in own]),
         np.concatenate([each.correctness.length for each in own]),
@@ -97,7 +92,7 @@ def _tail_and_loss(lines: Sequence[Line], frame: pd.DataFrame) -> Chart:
         medians = rows.groupby("epoch")[["recall/nll_nats", "match/expected_max"]].median()
         traces.append(
             Trace(
-                name=_name(line), x=medians["recall/nll_nats"].tolist(), y=medians["match/expected_max"].tolist(),
+                name=line.name, x=medians["recall/nll_nats"].tolist(), y=medians["match/expected_max"].tolist(),
                 style=Style.of(line), hover=[f"epoch {epoch}" for epoch in medians.index],
             )
         )  # fmt: skip
@@ -122,7 +117,7 @@ def _survival(pooled: Pooled) -> Iterator[Chart]:
         numbers = np.flatnonzero(survival > 0)
         style = Style.of(line)
         traces.append(
-            Trace(name=_name(line), x=numbers.tolist(), y=survival[numbers].tolist(), style=style.points(size=5))
+            Trace(name=line.name, x=numbers.tolist(), y=survival[numbers].tolist(), style=style.points(size=5))
         )
         if len(pooled) <= MAX_CELLS_APART:
             traces += _fitted(correctness, numbers, style, is_first=line is pooled[0][0])
@@ -131,7 +126,7 @@ def _survival(pooled: Pooled) -> Iterator[Chart]:
         title="Match lengths: share of samples that are recited for at least n tokens",
         x_title="n, tokens of the reference",
         y_title="P(N ≥ n)",
-        caption="At the last epoch, replicates together, ended references allowed for (Kaplan and Meier). Lines: "
+        caption=f"{WHEN}, replicates together, ended references allowed for (Kaplan and Meier). Lines: "
         "curves fitted to each cell: geometric (straight here), linear in position, beta-geometric (samples differ).",
         traces=tuple(traces),
         y_scale="log",
@@ -167,7 +162,7 @@ def _hazards(pooled: Pooled) -> Iterator[Chart]:
         position = 1 + np.arange(len(hazards.num_at_risk))
         style = Style.of(line)
         for values, counts, name, shape in (
-            (hazards.conditional, hazards.num_at_risk, _name(line), style),
+            (hazards.conditional, hazards.num_at_risk, line.name, style),
             (hazards.marginal, hazards.num_there, "", style.points(size=5, is_open=True)),
         ):
             enough = counts >= FEWEST_AT_RISK
@@ -196,7 +191,7 @@ def _small_probes(pooled: Pooled) -> Iterator[Chart]:
         has_band = len(own) > 1
         traces.append(
             Trace(
-                name=_name(line), x=sizes.tolist(), y=np.median(curves, axis=0).tolist(), style=style,
+                name=line.name, x=sizes.tolist(), y=np.median(curves, axis=0).tolist(), style=style,
                 low=curves.min(axis=0).tolist() if has_band else (),
                 high=curves.max(axis=0).tolist() if has_band else (),
             )
@@ -208,12 +203,60 @@ def _small_probes(pooled: Pooled) -> Iterator[Chart]:
         title="The longest match that a small probe finds",
         x_title="z, samples probed",
         y_title="E[max_z], tokens",
-        caption="Exact, from the order statistics of all samples at the last epoch, up to a fifth of them: beyond it "
+        caption=f"{WHEN}, exact, from the order statistics of all samples, up to a fifth of them: beyond it "
         "the curve is about these samples alone. Bands: from the least to the largest replicate. Dotted: the longest "
         "match of all.",
         traces=tuple(traces),
         x_scale="log",
     )
+
+
+def _missed(pooled: Pooled) -> Iterator[Chart]:
+    """C(M - k, z) / C(M, z) by z, for each number M of samples that a trial has."""
+    numbers = sorted({each.correctness.num_samples for _, own in pooled for each in own})
+    traces = []
+    for index, number in enumerate(number for number in numbers if number > WORST_CASES):
+        sizes = np.unique(np.geomspace(1, number, 40).round().astype(int))
+        chances = miss_probability(number, WORST_CASES, sizes)
+        hover = [f"z = {z}: {chance:.3g}" for z, chance in zip(sizes, chances, strict=True)]
+        style = Style.numbered(index)
+        traces.append(Trace(name=f"M = {number}", x=sizes.tolist(), y=chances.tolist(), style=style, hover=hover))
+    if traces:
+        yield Chart(
+            name="missed",
+            title=f"Probability that a small probe misses the {WORST_CASES} longest matches",
+            x_title="z, samples probed",
+            y_title="probability",
+            caption=f"That z of the M native samples, drawn without replacement, hold none of the {WORST_CASES} that "
+            f"are recited for longest: C(M−{WORST_CASES}, z) / C(M, z), whatever their lengths.",
+            traces=tuple(traces),
+            legend_title="samples",
+            x_scale="log",
+            y_range=(-0.03, 1.04),
+        )
+
+
+# --- given more ------------------------------------------------------------------------------------------------------
+
+
+def _by_prefix(lines: Sequence[Line], cells: Sequence[Seen]) -> Iterator[Chart]:
+    """Mean match length by how many tokens of the reference are given beforehand; at the last epoch."""
+    by_trial = {trial.trial_id(): cell for cell in cells for trial, _ in cell.rows}
+    given = sorted({int(found[1]) for cell in cells for key in cell.columns if (found := PREFIX_MATCH.fullmatch(key))})
+    traces = []
+    for line in lines if given else ():
+        quantities = {number: last(f"prefix/match_{number}") for number in given}
+        traces.append(replicate_trace(by_trial[line.trials[0].trial_id()], quantities, line.name, Style.of(line)))
+    if any(len(trace.x) for trace in traces):
+        yield Chart(
+            name="given",
+            title="Match length by how much of the reference is given",
+            x_title="tokens of the reference that are given",
+            y_title="mean match length beyond them, tokens",
+            caption="At the last epoch, of the references that are longer than the most that is given, and up to as "
+            "many tokens for each number of them. Medians over replicates; bands: their range.",
+            traces=tuple(traces),
+        )
 
 
 # --- which samples -------------------------------------------------------------------------------------------------
@@ -230,12 +273,12 @@ def most_memorised(sweep: Sweep, frame: pd.DataFrame, records: RecordsOf) -> lis
         if trial.corpus is None or trial.trial_id() not in with_results:
             continue
         samples = records(trial.trial_id()).samples()
-        last = LastEpoch.of(trial, samples)
-        if last is None:
+        ended = SamplesSeen.partly(trial, samples)
+        if ended is None:
             continue
         texts = _texts(samples)
-        ends = zip(last.table["sample"].to_pylist(), last.table["row"].to_pylist(), last.correctness.num_match.tolist(),
-                   last.correctness.length.tolist(), strict=True)  # fmt: skip
+        ends = zip(ended.table["sample"].to_pylist(), ended.table["row"].to_pylist(),
+                   ended.correctness.num_match.tolist(), ended.correctness.length.tolist(), strict=True)  # fmt: skip
         for sample, row, num_match, length in ends:
             prefix, reference = texts[sample]
             key = (prefix, row)

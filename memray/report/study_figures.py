@@ -149,6 +149,32 @@ CURVES_OF_SAMPLES = (
         name="top-share", title="Share of all matched tokens that the top 1 % of samples hold", key="match/top_share",
         y_title="share", caption="Of equal samples it would be 0.01.", y_range=(-0.03, 1.04),
     ),
+    Curve(
+        name="effective-rank", title="Collapse by epoch: effective rank", key="collapse/effective_rank",
+        y_title="directions",
+        caption="In how many directions the model's mean hidden states tell the native samples apart: the exponential "
+        "of the entropy of their singular values.",
+    ),
+    Curve(
+        name="participation", title="Collapse by epoch: participation ratio", key="collapse/participation_ratio",
+        y_title="directions", caption="The same by the variances, of which the large ones weigh more.",
+    ),
+    Curve(
+        name="intrinsic", title="Collapse by epoch: intrinsic dimension", key="collapse/intrinsic_dimension",
+        y_title="dimensions", caption="The same near each sample, by the distances of its two nearest neighbours.",
+    ),
+    Curve(
+        name="fact-told", title="Facts by epoch: rank of the object as it was told", key="facts/rank_told",
+        y_title="mean rank", caption="Among all objects of its relation, under the template in which the fact was "
+        "trained; 1 is the best. Hollow points: facts that were never trained.",
+        held_out="facts/rank_told_controls",
+    ),
+    Curve(
+        name="fact-unseen", title="Facts by epoch: rank of the object under other templates",
+        key="facts/rank_unseen", y_title="mean rank", caption="Under the templates in which the fact was not trained. "
+        "Hollow points: facts that were never trained.",
+        held_out="facts/rank_unseen_controls",
+    ),
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from memray.sweep import Sweep, load
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 STUDY, SEQUENCES = HERE / "tiny_trials.py", HERE / "tiny_sequences.py"
-NAMES = ("bare", "trainer", "tune", "overhead", "mlflow", "probes", "context", "sequence", "profile")
+NAMES = ("bare", "trainer", "tune", "overhead", "mlflow", "probes", "context", "sequence", "corpus", "profile")
 # What two sides of the same recipe may differ by in their first epochs; rounding grows later.
 TOLERANCE, COMPARED_EPOCHS = 1e-3, 10
 KEYS = ("recall/token_accuracy", "recall/nll_nats")
@@ -50,6 +50,7 @@ class Scale:
     empty_seeds: int
     context_length: int
     sequence: tuple[str, ...]
+    corpus: tuple[str, ...]
 
     def sweep(self) -> Sweep:
         return load(STUDY, **dict(pair.split("=") for pair in self.study))
@@ -63,6 +64,7 @@ FULL = Scale(
     empty_seeds=50,
     context_length=1024,
     sequence=("num_strings=200", "epochs=60"),
+    corpus=("num_samples=240", "epochs=20"),
 )
 QUICK = Scale(
     repetitions=1,
@@ -72,6 +74,7 @@ QUICK = Scale(
     empty_seeds=2,
     context_length=128,
     sequence=("num_strings=40", "epochs=4"),
+    corpus=("num_samples=24", "epochs=40"),
 )
 
 
@@ -343,6 +346,19 @@ def compare_sequences(scale: Scale, folder: Path) -> tuple[list[list[str]], str]
     return rows, f"sequence: nll at the end of the first stage differs by {worst:.0e} at most"
 
 
+def compare_corpora(scale: Scale) -> tuple[list[list[str]], str]:
+    """The match lengths of a corpus from one pass, against `generate` from six prefixes."""
+    repetitions = f"repetitions={scale.repetitions}"
+    found = last_line(str(HERE / "corpus.py"), *scale.corpus, "threads=2", repetitions)
+    title = f"match lengths: one pass for {found['num_prefixes']:,} prefixes, against generate from six a sample"
+    agrees = "agrees" if found["num_equal"] == found["num_compared"] else "DISAGREES"
+    agreement = (
+        f"corpus: the pass {agrees} with generate on {found['num_equal']} of {found['num_compared']} match lengths, of "
+        f"{found['mean_match']:.1f} tokens on average and {found['longest_match']} at most ({found['threads']} threads)"
+    )
+    return [row(title, "s", found["pass_s"], found["generate_s"], limit=12, is_gain=True)], agreement
+
+
 def shares(title: str, seconds: Mapping[str, float]) -> Table:
     table = Table("part", title=title, title_justify="left")
     for column in ("s", "%"):
@@ -378,6 +394,10 @@ def run_all(scale: Scale, wanted: list[str], folder: Path) -> tuple[list[list[st
         agreement.append(words)
     if "sequence" in wanted:
         found, words = compare_sequences(scale, folder)
+        rows += found
+        agreement.append(words)
+    if "corpus" in wanted:
+        found, words = compare_corpora(scale)
         rows += found
         agreement.append(words)
     if "profile" in wanted:

@@ -107,6 +107,12 @@ class StudyFolder:
         with sqlite3.connect(self.database) as connection:
             return connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
 
+    def count_runs(self) -> int:
+        """Runs that MLflow shows: a cell's that a killed launch left half written is deleted there, and made anew."""
+        with sqlite3.connect(self.database) as connection:
+            query = "SELECT count(*) FROM runs WHERE lifecycle_stage = 'active'"
+            return connection.execute(query).fetchone()[0]
+
 
 def make_study_folder(folder: Path, study: str = STUDY) -> StudyFolder:
     folder.mkdir(parents=True, exist_ok=True)

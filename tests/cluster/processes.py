@@ -41,7 +41,7 @@ class Steps:
 
     spec: TrialSpec
     lengths: Sequence[int]
-    number: int = 30
+    number: int = 12
     logits_per_chunk: int = scoring.LOGITS_PER_CHUNK
 
     def run(self, engine: Engine) -> dict[str, Any]:

@@ -1,9 +1,13 @@
 """A study on a corpus on real parts: Ray Tune, probe actors that share a look, the ledger, MLflow and the CLI."""
 
 import json
+import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from memray.cluster.audit import audit, remeasured
@@ -32,12 +36,18 @@ BASE = TrialSpec(
     probes=ProbesSpec(epochs=(0, 1), num_held_out=20, compared_strings=60),
 )
 GENERATES = {"probes.generation": GenerationSpec(num_samples=6, checked_share=0.1)}
+SHARDED = {"compute.engine": "deepspeed", "compute.workers": 2, "compute.zero_stage": 1}
 
 
-def sweep(*, seeds: int = 1, generates: bool = False) -> Sweep:
+def sweep(
+    *, seeds: int = 1, generates: bool = False, sharded: bool = False, numbers: tuple[int, ...] = (60, 120),
+    epochs: int = 3, checkpoint_s: float = 600,
+) -> Sweep:
+    more = {"training.epochs": epochs, "compute.checkpoint_s": checkpoint_s} | (GENERATES if generates else {})
     return Sweep(
-        vary(BASE, {"corpus.num_samples": number} | seed | (GENERATES if generates else {}))
-        for number in (60, 120)
+        vary(BASE, {"corpus.num_samples": number} | seed | placed | more)
+        for number in numbers
+        for placed in ([{}, SHARDED] if sharded else [{}])
         for seed in replicates(BASE, seeds)
     )
 '''
@@ -106,3 +116,61 @@ def test_generation_that_is_added_later_is_done_with_the_weights_that_were_kept(
         assert last["metrics"]["generation/disagreement"] == 0, done.stdout
         alone = [each.record() for each in run_trial(trial)]
         assert ledger.trial(trial.trial_id()).measurements()[0] == alone
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(900)
+def test_many_devices_train_a_corpus_as_one_does_and_record_all_of_it(tmp_path: Path, head: Head) -> None:
+    study_folder = corpus_folder(tmp_path)
+    process = study_folder.start("run", "-p", "sharded=true", "-p", "numbers=[60]", "--address", head.address)
+    output, _ = process.communicate(timeout=800)
+    assert process.returncode == 0, output
+    sweep = sweep_of(study_folder, sharded=True, numbers=(60,))
+    ledger = Ledger(str(study_folder.storage), sweep.name)
+    folders = {trial.compute.engine: ledger.trial(trial.trial_id()) for trial in sweep.trials}
+    one, many = folders["torch"].measurements()[0], folders["deepspeed"].measurements()[0]
+    assert [each["epoch"] for each in many] == [each["epoch"] for each in one] == [0, 1, 3]
+    for key in ("recall/nll_nats", "recall/heldout_nll_nats"):
+        theirs = [each["metrics"][key] for each in one]
+        assert [each["metrics"][key] for each in many] == pytest.approx(theirs, rel=1e-3)
+    assert one[-1]["metrics"]["recall/nll_nats"] < 0.9 * one[0]["metrics"]["recall/nll_nats"], "it must have trained"
+    tables = {engine: folder.samples() for engine, folder in folders.items()}
+    for name in ("epoch", "sample", "role", "row", "prompt_tokens", "reference_tokens", "prefix", "reference"):
+        assert tables["deepspeed"][name].to_pylist() == tables["torch"][name].to_pylist(), name
+    for row in tables["deepspeed"].to_pylist():
+        assert len(row["is_right"]) == len(row["log_prob"]) == len(row["predicted"]) == row["reference_tokens"]
+        assert np.isfinite(row["log_prob"]).all()
+    assert tables["deepspeed"].num_rows == 3 * (60 + 20)
+    for trial in sweep.trials:
+        folder = ledger.trial(trial.trial_id())
+        assert folder.measurements()[0] == remeasured(trial, folder)
+        assert folder.kept_weights().keys() == {0, 1, 3}
+    assert audit(sweep, ledger, f"sqlite:///{study_folder.database}") == []
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(900)
+def test_a_trial_on_a_corpus_whose_actor_is_killed_halfway_ends_bit_identical(tmp_path: Path, head: Head) -> None:
+    study_folder, epochs = corpus_folder(tmp_path), 60
+    options = ("numbers=[60]", f"epochs={epochs}", "checkpoint_s=0")
+    stated = [part for option in options for part in ("-p", option)]
+    sweep = sweep_of(study_folder, numbers=(60,), epochs=epochs, checkpoint_s=0)
+    (trial,) = sweep.trials
+    ledger = Ledger(str(study_folder.storage), sweep.name)
+    folder = ledger.trial(trial.trial_id())
+    process = study_folder.start("run", *stated, "--address", head.address)
+    while (kept := folder.checkpoint()) is None or kept.epoch < epochs // 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    (lease,) = study_folder.storage.glob(f"small/{trial.trial_id()}/leases/0001.json")
+    os.kill(json.loads(lease.read_text())["pid"], signal.SIGKILL)
+    output, _ = process.communicate(timeout=800)
+    assert process.returncode == 0, output
+    finished = folder.finished()
+    assert finished is not None
+    assert finished.attempt == 2
+    assert epochs // 2 <= finished.summary["resumed_from_epoch"] < epochs
+    alone = [each.record() for each in run_trial(trial)]
+    assert folder.measurements()[0] == alone == remeasured(trial, folder)
+    assert folder.samples().num_rows == 3 * (60 + 20)
+    assert audit(sweep, ledger, f"sqlite:///{study_folder.database}") == []

@@ -53,24 +53,24 @@ def with_lora(spec: TrialSpec) -> TrialSpec:
 JOBS = {f"equal-{stage}": Steps(spec_of(stage), EQUAL) for stage in STAGES}
 JOBS |= {f"unequal-{stage}": Steps(spec_of(stage), UNEQUAL) for stage in STAGES}
 JOBS |= {
-    "one string-0": Steps(spec_of(0, num_strings=1), (24,), 5),
-    "one string-3": Steps(spec_of(3, num_strings=1), (24,), 5),
-    "accumulated-1": Steps(spec_of(1, strings_per_forward=1), UNEQUAL, 5),
-    "accumulated-2": Steps(spec_of(2, strings_per_forward=1), UNEQUAL, 5),
-    "accumulated-3": Steps(spec_of(3, strings_per_forward=1), UNEQUAL, 5),
-    "recomputed-3": Steps(spec_of(3, gradient_checkpointing=True), UNEQUAL, 5),
-    "sgd-2": Steps(spec_of(2, optimiser="sgd", momentum=0.9), UNEQUAL, 5),
-    "optimiser offloaded-2": Steps(spec_of(2, compute={"offload": "optimiser"}), UNEQUAL, 5),
-    "parameters offloaded-3": Steps(spec_of(3, compute={"offload": "parameters"}), UNEQUAL, 5),
-    "lora-0": Steps(with_lora(spec_of(0)), UNEQUAL, 5),
-    "lora-3": Steps(with_lora(spec_of(3)), UNEQUAL, 5),
+    "one string-0": Steps(spec_of(0, num_strings=1), (24,), 4),
+    "one string-3": Steps(spec_of(3, num_strings=1), (24,), 4),
+    "accumulated-1": Steps(spec_of(1, strings_per_forward=1), UNEQUAL, 4),
+    "accumulated-2": Steps(spec_of(2, strings_per_forward=1), UNEQUAL, 4),
+    "accumulated-3": Steps(spec_of(3, strings_per_forward=1), UNEQUAL, 4),
+    "recomputed-3": Steps(spec_of(3, gradient_checkpointing=True), UNEQUAL, 4),
+    "sgd-2": Steps(spec_of(2, optimiser="sgd", momentum=0.9), UNEQUAL, 4),
+    "optimiser offloaded-2": Steps(spec_of(2, compute={"offload": "optimiser"}), UNEQUAL, 4),
+    "parameters offloaded-3": Steps(spec_of(3, compute={"offload": "parameters"}), UNEQUAL, 4),
+    "lora-0": Steps(with_lora(spec_of(0)), UNEQUAL, 4),
+    "lora-3": Steps(with_lora(spec_of(3)), UNEQUAL, 4),
     # A chunk of five targets or so: the logits of all chunks but one are made twice.
-    "chunked-0": Steps(spec_of(0), UNEQUAL, 5, logits_per_chunk=10_000),
-    "chunked-3": Steps(spec_of(3), UNEQUAL, 5, logits_per_chunk=10_000),
-    "chunked bf16-3": Steps(spec_of(3, compute={"precision": "bf16"}), EQUAL, 5, logits_per_chunk=10_000),
-    "bf16-0": Steps(spec_of(0, compute={"precision": "bf16"}), EQUAL, 5),
-    "bf16-2": Steps(spec_of(2, compute={"precision": "bf16"}), EQUAL, 5),
-    "bf16-3": Steps(spec_of(3, compute={"precision": "bf16"}), EQUAL, 5),
+    "chunked-0": Steps(spec_of(0), UNEQUAL, 4, logits_per_chunk=10_000),
+    "chunked-3": Steps(spec_of(3), UNEQUAL, 4, logits_per_chunk=10_000),
+    "chunked bf16-3": Steps(spec_of(3, compute={"precision": "bf16"}), EQUAL, 4, logits_per_chunk=10_000),
+    "bf16-0": Steps(spec_of(0, compute={"precision": "bf16"}), EQUAL, 4),
+    "bf16-2": Steps(spec_of(2, compute={"precision": "bf16"}), EQUAL, 4),
+    "bf16-3": Steps(spec_of(3, compute={"precision": "bf16"}), EQUAL, 4),
 }
 
 

@@ -27,7 +27,7 @@ def assert_undisturbed(study_folder: StudyFolder, **parameters: object) -> None:
     sweep = load(study_folder.folder / study_folder.study, **parameters)
     ledger = Ledger(str(study_folder.storage), sweep.name)
     assert audit(sweep, ledger, f"sqlite:///{study_folder.database}") == []
-    assert study_folder.count("runs") == 1 + len(sweep.trials) + len(sweep.cells())
+    assert study_folder.count_runs() == 1 + len(sweep.trials) + len(sweep.cells())
     for trial in sweep.trials:
         assert [each.record() for each in run_trial(trial)] == ledger.trial(trial.trial_id()).measurements()[0]
 

@@ -1,0 +1,143 @@
+"""Embeddings of samples: the mean of a model's last hidden states over the tokens of a prefix, and of the whole.
+
+A causal model needs one pass for both, for no state knows of what comes later.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float32, Int
+from numpy import ndarray
+from torch import nn
+
+from memray.finetune import scoring_passes
+from memray.measures.similarity import collapse, nearest_neighbour, similarity
+from memray.samples import NATIVE, KnownSample, Samples
+from memray.scoring import body_and_head
+
+TEXTS_PER_PASS = 64
+
+# The columns of a table of samples: what is said of all together, by metric, and of each sample.
+TOGETHER = (
+    *(f"collapse/{name}" for name in ("effective_rank", "participation_ratio", "intrinsic_dimension")),
+    *(f"similarity/{name}{ending}" for name in ("input", "full", "difference") for ending in ("", "_centred")),
+)
+NEAREST = ("nearest_input", "nearest_full")
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """One vector a sample of each kind.
+
+    Attributes:
+        sample: Index of the sample.
+        prefix: Of its prompt, a BOS left out.
+        whole: Of the prompt with its reference.
+    """
+
+    sample: Int[ndarray, " samples"]
+    prefix: Float32[ndarray, "samples hidden"]
+    whole: Float32[ndarray, "samples hidden"]
+
+    @staticmethod
+    def concatenate(parts: "Sequence[Embeddings]") -> "Embeddings":
+        """Those of different samples together, in the order of samples."""
+        sample = np.concatenate([part.sample for part in parts])
+        order = np.argsort(sample, kind="stable")
+        prefix, whole = (np.concatenate([getattr(part, name) for part in parts])[order] for name in ("prefix", "whole"))
+        return Embeddings(sample[order], prefix, whole)
+
+    def of(self, chosen: Int[ndarray, " chosen"]) -> "Embeddings":
+        """Those of some samples, ascending."""
+        is_chosen = np.isin(self.sample, chosen)
+        return Embeddings(self.sample[is_chosen], self.prefix[is_chosen], self.whole[is_chosen])
+
+
+@torch.no_grad()
+def embed(model: nn.Module, samples: Samples, rows: Int[ndarray, " rows"]) -> Embeddings:
+    """The embeddings of some rows of the scored batch, by a model in evaluation mode."""
+    body, _ = body_and_head(model)
+    device = next(body.parameters()).device
+    found, begin = [], 0
+    for batch in scoring_passes(samples.scored.of(rows)):
+        own = samples.order[rows[begin : begin + len(batch.ids)]]
+        begin += len(own)
+        states = body(input_ids=batch.ids.to(device)).last_hidden_state.float()
+        prefix, whole = [], []
+        for row, index in enumerate(own.tolist()):
+            sample = samples.known[index]
+            # The state of a BOS is of another size than all others.
+            has_bos = len(sample.prompt_ids) > 1 and sample.prompt_ids[0] == samples.tokenizer.bos_token_id
+            prefix.append(states[row, int(has_bos) : len(sample.prompt_ids)].mean(0))
+            whole.append(states[row, int(has_bos) : len(sample.ids)].mean(0))
+        found.append(Embeddings(own, torch.stack(prefix).cpu().numpy(), torch.stack(whole).cpu().numpy()))
+    return Embeddings.concatenate(found)
+
+
+@torch.no_grad()
+def encode(where: str, known: Sequence[KnownSample]) -> Embeddings:
+    """The embeddings of samples by a sentence encoder: the mean of its last hidden states.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        encoder = AutoModel.from_pretrained(where, use_safetensors=True, trust_remote_code=False).eval()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"probes.embeddings.encoder must be a directory or a repository of the hub with an encoder and its "
+            f"tokenizer, but reading {where!r} failed: {error}; leave it out to compare by the model before training"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+    def vectors(texts: Sequence[str]) -> Float32[ndarray, "texts hidden"]:
+        found = []
+        for begin in range(0, len(texts), TEXTS_PER_PASS):
+            own = list(texts[begin : begin + TEXTS_PER_PASS])
+            told: Any = tokenizer(own, return_tensors="pt", padding=True, truncation=True)
+            states = encoder(input_ids=told["input_ids"], attention_mask=told["attention_mask"]).last_hidden_state
+            mask = told["attention_mask"][..., None].to(states.dtype)
+            found.append(((states * mask).sum(1) / mask.sum(1)).float().numpy())
+        return np.concatenate(found)
+
+    prefixes = [sample.text.prefix or sample.text.reference for sample in known]
+    wholes = [f"{sample.text.prefix} {sample.text.reference}" for sample in known]
+    return Embeddings(np.arange(len(known)), vectors(prefixes), vectors(wholes))
+
+
+def embedding_columns(
+    known: Sequence[KnownSample], vectors: Embeddings, compared: Embeddings | None
+) -> dict[str, pa.Array]:
+    """What embeddings of the native samples say, as columns of a table with one row a sample.
+
+    What is said of all of them together stands in each row. How alike samples are is said before training alone.
+
+    Args:
+        vectors: By the model as it is: in how many directions does it tell samples apart?
+        compared: By the embedder that says how alike they are; None where that is not asked.
+    """
+    natives = np.flatnonzero([sample.role == NATIVE for sample in known])
+    together: dict[str, float] = dict(collapse(vectors.of(natives).whole))
+    alone: dict[str, ndarray] = {name: np.full(len(known), np.nan) for name in NEAREST}
+    if compared is not None:
+        own = compared.of(natives)
+        together |= similarity(own.prefix, own.whole)
+        # Centred, for hidden states of any two texts point almost the same way.
+        for name, each in zip(NEAREST, (own.prefix, own.whole), strict=True):
+            alone[name][natives] = nearest_neighbour(each, centred=True)
+    columns = {key: np.full(len(known), together.get(key, np.nan)) for key in TOGETHER}
+    return {name: pa.array(values, from_pandas=True) for name, values in (columns | alone).items()}
+
+
+def read_together(table: pa.Table) -> dict[str, float]:
+    """What a table says of all samples together; nothing where embeddings were not asked for."""
+    found = {key: table[key][0].as_py() for key in TOGETHER if key in table.column_names}
+    return {key: value for key, value in found.items() if value is not None}

@@ -1,0 +1,95 @@
+"""Whether a model knows a fact, and not only the words that it was told in: the rank of the object among all objects of
+its relation, under every template.
+
+A fact that is recalled in wording alone has a low rank under its own template and ranks by chance under the others,
+as do facts that were never told.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float64, Int
+from numpy import ndarray
+
+from memray.encoding import Batch
+from memray.generators import Fact, Facts, fact_table, generator, objects
+from memray.generators.facts import NUM_TEMPLATES
+from memray.samples import HELD_OUT, NATIVE, KnownSample, Samples, encode_texts
+from memray.scoring import TokenScores
+from memray.spec import TrialSpec
+
+
+def facts_of(spec: TrialSpec) -> Facts:
+    """The generator that told a trial its facts."""
+    assert spec.corpus is not None
+    assert spec.corpus.rows.generator is not None
+    found = generator(spec.corpus.rows.generator, **spec.corpus.rows.options)
+    assert isinstance(found, Facts)
+    return found
+
+
+def asked_samples(spec: TrialSpec, known: Sequence[KnownSample]) -> list[int]:
+    """The samples that are asked about: the first that are trained, and the first that are held out."""
+    assert spec.probes.facts is not None
+    number = spec.probes.facts.num_facts
+    return [
+        index
+        for role in (NATIVE, HELD_OUT)
+        for index in [i for i, sample in enumerate(known) if sample.role == role][:number]
+    ]
+
+
+def object_ranks(
+    spec: TrialSpec, samples: Samples, asked: Sequence[int], score: Callable[[Batch], TokenScores]
+) -> dict[int, list[int]]:
+    """The rank of each fact's object under each template, by sample: 1 is the best of all objects of its relation.
+
+    An object is as likely as its reference after the words of the template: the sum over all its tokens. One that is
+    exactly as likely as others stands behind them.
+    """
+    if not asked:
+        return {}
+    table = fact_table(1 + max(samples.known[index].place for index in asked), spec.string_seed)
+    facts = [table[samples.known[index].place] for index in asked]
+    candidates = [_candidates(fact) for fact in facts]
+    texts = [
+        fact._replace(object=candidate).sample(template)
+        for fact, own in zip(facts, candidates, strict=True)
+        for template in range(NUM_TEMPLATES)
+        for candidate in own
+    ]
+    batch = encode_texts(spec, samples, texts)
+    order = np.argsort(-batch.attention_mask.sum(1).numpy(), kind="stable")  # full passes
+    scores = score(batch.of(order))
+    log_prob = np.empty(len(texts))
+    log_prob[order] = np.bincount(scores.string, weights=scores.log_prob.astype(np.float64), minlength=len(texts))
+    ranks = ranks_of_first(log_prob.reshape(len(asked), NUM_TEMPLATES, -1))
+    return dict(zip(asked, ranks.tolist(), strict=True))
+
+
+def _candidates(fact: Fact) -> list[str]:
+    """All objects of the relation, the true one first."""
+    return [fact.object, *(each for each in objects(fact.relation) if each != fact.object)]
+
+
+def ranks_of_first(
+    log_prob: Float64[ndarray, "facts templates candidates"],
+) -> Int[ndarray, "facts templates"]:
+    """How many candidates are at least as likely as the first, itself included."""
+    return (log_prob >= log_prob[..., :1]).sum(-1)
+
+
+def measure_facts(
+    spec: TrialSpec, role: ndarray, place: Int[ndarray, " samples"], ranks: Mapping[int, Sequence[int]]
+) -> dict[str, float]:
+    """Mean ranks by key: of trained facts under their own template and under the others, and of held-out facts under
+    the others of the template that would have been theirs."""
+    generator = facts_of(spec)
+    told: dict[str, list[float]] = {}
+    for index, own in ranks.items():
+        template = generator.template_of(int(place[index]))
+        controls = "" if role[index] == NATIVE else "_controls"
+        others = [rank for each, rank in enumerate(own) if each != template]
+        told.setdefault(f"facts/rank_told{controls}", []).append(own[template])
+        told.setdefault(f"facts/rank_unseen{controls}", []).append(float(np.mean(others)))
+    return {key: float(np.mean(values)) for key, values in told.items()}
