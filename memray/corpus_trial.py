@@ -19,7 +19,7 @@ from numpy import ndarray
 from torch import nn
 
 from memray.embedding import Embeddings, embed, embedding_columns, encode
-from memray.fact_ranks import asked_samples, object_ranks
+from memray.fact_ranks import object_ranks
 from memray.finetune import Engine, scoring_passes, train_epoch
 from memray.generation import Continuations, chosen_samples, generate
 from memray.looks import Keeper, Look, Looker, Prober
@@ -103,7 +103,7 @@ class SampleQuestion:
             scores = SampleScores.of(looker.score(samples.scored.of(own)), samples.order[own])
         ranks: Mapping[int, Sequence[int]] = {}
         if self.ranks and self.share == 0:  # by one alone: other passes would move the last bits, and with them a rank
-            ranks = object_ranks(spec, samples, asked_samples(spec, samples.known), looker.score)
+            ranks = object_ranks(spec, samples, looker.score)
         if self.embeds and own is not None:
             with evaluated(looker) as model:
                 embeddings = embed(model, samples, own)

@@ -125,7 +125,9 @@ def embedding_columns(
         compared: By the embedder that says how alike they are; None where that is not asked.
     """
     natives = np.flatnonzero([sample.role == NATIVE for sample in known])
-    together: dict[str, float] = dict(collapse(vectors.of(natives).whole))
+    whole = vectors.of(natives).whole
+    # Of a model that diverged nothing can be said.
+    together: dict[str, float] = dict(collapse(whole)) if np.isfinite(whole).all() else {}
     alone: dict[str, ndarray] = {name: np.full(len(known), np.nan) for name in NEAREST}
     if compared is not None:
         own = compared.of(natives)

@@ -6,14 +6,15 @@ as do facts that were never told.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 from jaxtyping import Float64, Int
 from numpy import ndarray
 
 from memray.encoding import Batch
-from memray.generators import Fact, Facts, fact_table, generator, objects
-from memray.generators.facts import NUM_TEMPLATES
+from memray.generators import Facts, Sample, fact_table, generator, objects
+from memray.generators.facts import NUM_TEMPLATES, RELATIONS
 from memray.samples import HELD_OUT, NATIVE, KnownSample, Samples, encode_texts
 from memray.scoring import TokenScores
 from memray.spec import TrialSpec
@@ -39,25 +40,14 @@ def asked_samples(spec: TrialSpec, known: Sequence[KnownSample]) -> list[int]:
     ]
 
 
-def object_ranks(
-    spec: TrialSpec, samples: Samples, asked: Sequence[int], score: Callable[[Batch], TokenScores]
-) -> dict[int, list[int]]:
+def object_ranks(spec: TrialSpec, samples: Samples, score: Callable[[Batch], TokenScores]) -> dict[int, list[int]]:
     """The rank of each fact's object under each template, by sample: 1 is the best of all objects of its relation.
 
     An object is as likely as its reference after the words of the template: the sum over all its tokens. One that is
-    exactly as likely as others stands behind them.
+    exactly as likely as others stands behind them. Of a held-out fact it is the object of a trained one: objects that
+    occur in training are likely whatever they are asked for, and controls must be the same objects.
     """
-    if not asked:
-        return {}
-    table = fact_table(1 + max(samples.known[index].place for index in asked), spec.string_seed)
-    facts = [table[samples.known[index].place] for index in asked]
-    candidates = [_candidates(fact) for fact in facts]
-    texts = [
-        fact._replace(object=candidate).sample(template)
-        for fact, own in zip(facts, candidates, strict=True)
-        for template in range(NUM_TEMPLATES)
-        for candidate in own
-    ]
+    asked, texts = _questions(spec, samples.known)
     batch = encode_texts(spec, samples, texts)
     order = np.argsort(-batch.attention_mask.sum(1).numpy(), kind="stable")  # full passes
     scores = score(batch.of(order))
@@ -67,16 +57,41 @@ def object_ranks(
     return dict(zip(asked, ranks.tolist(), strict=True))
 
 
-def _candidates(fact: Fact) -> list[str]:
-    """All objects of the relation, the true one first."""
-    return [fact.object, *(each for each in objects(fact.relation) if each != fact.object)]
+def check_facts(spec: TrialSpec, samples: Samples) -> None:
+    """Refuses a trial of which a fact does not fit in the words of another template: it would fail after training.
+
+    Raises:
+        ValueError: If so.
+    """
+    if spec.probes.facts is not None:
+        encode_texts(spec, samples, _questions(spec, samples.known)[1])
+
+
+def _questions(spec: TrialSpec, known: Sequence[KnownSample]) -> tuple[list[int], list[Sample]]:
+    """The samples that are asked about, and their texts: by sample, template and candidate, the object to be ranked
+    first."""
+    asked = asked_samples(spec, known)
+    table = fact_table(1 + max(known[index].place for index in asked), spec.string_seed)
+    facts = [table[known[index].place] for index in asked]
+    trained = facts[: len(facts) // 2]
+    of_relation = {name: cycle([each.object for each in trained if each.relation == name]) for name in RELATIONS}
+    named = [*trained, *(fact._replace(object=next(of_relation[fact.relation], fact.object))
+                         for fact in facts[len(trained) :])]  # fmt: skip
+    texts = [
+        fact._replace(object=candidate).sample(template)
+        for fact in named
+        for template in range(NUM_TEMPLATES)
+        for candidate in [fact.object, *(each for each in objects(fact.relation) if each != fact.object)]
+    ]
+    return asked, texts
 
 
 def ranks_of_first(
     log_prob: Float64[ndarray, "facts templates candidates"],
 ) -> Int[ndarray, "facts templates"]:
     """How many candidates are at least as likely as the first, itself included."""
-    return (log_prob >= log_prob[..., :1]).sum(-1)
+    # Of a model that diverged none is less likely.
+    return (~(log_prob < log_prob[..., :1])).sum(-1)
 
 
 def measure_facts(

@@ -111,6 +111,7 @@ def _encoding_problem(trial: TrialSpec, model: ModelSpec, notes: list[str], *, a
     if model.path is None and model.size == "tiny" and trial.strings.kind != "text":
         return None  # its tokenizer has every built-in symbol
     # Only here, because transformers takes seconds to import.
+    from memray.fact_ranks import check_facts
     from memray.material import prepare
     from memray.models import is_at_hand
     from memray.samples import prepare_samples
@@ -127,7 +128,9 @@ def _encoding_problem(trial: TrialSpec, model: ModelSpec, notes: list[str], *, a
         return None
     try:
         if trial.corpus is not None:
-            notes += _left_out(trial, prepare_samples(trial).report)
+            samples = prepare_samples(trial)
+            check_facts(trial, samples)
+            notes += _left_out(trial, samples.report)
             return None
         source = prepare(trial).source
     except ValueError as error:

@@ -296,11 +296,11 @@ class ProbesSpec(Part):
     facts: FactsSpec | None = None
     prefix_lengths: tuple[Annotated[int, Field(ge=0)], ...] = ()
 
-    @field_validator("epochs", "prefix_lengths")
-    @classmethod
-    def _ascending(cls, values: tuple[int, ...]) -> tuple[int, ...]:
-        _check_ascending("probe epochs and probes.prefix_lengths", values)
-        return values
+    @model_validator(mode="after")
+    def _ascending(self) -> "ProbesSpec":
+        _check_ascending("probe epochs", self.epochs)
+        _check_ascending("probes.prefix_lengths", self.prefix_lengths)
+        return self
 
     @model_validator(mode="after")
     def _parts_are_within(self) -> "ProbesSpec":

@@ -139,6 +139,8 @@ def encode_texts(spec: TrialSpec, samples: Samples, texts: Sequence[Sample]) -> 
     rows = []
     for place, text in enumerate(texts):
         encoded = encoder.encoded(Row(place, stripped(text)), HELD_OUT)
+        if isinstance(encoded, KnownSample) and encoded.is_cut:
+            encoded = f"has more than {spec.corpus.max_tokens} tokens"
         if isinstance(encoded, str):
             raise ValueError(refusal(_FITS, {place: encoded}, f"what is asked about {name_of(spec.corpus.rows)}",
                                      "a larger corpus.max_tokens"))  # fmt: skip

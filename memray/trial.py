@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from memray.accelerators import accelerator
 from memray.corpus_trial import measure_corpus
+from memray.fact_ranks import check_facts
 from memray.finetune import Engine, TorchEngine, finetune
 from memray.looks import EpochQuestion, Keeper, Look, Looked, OwnProber, Prober, check_second_scores, has_context
 from memray.material import Material, prepare
@@ -121,7 +122,11 @@ def prepare_trial(spec: TrialSpec) -> Material | Samples:
     Raises:
         ValueError: If it is not to be had.
     """
-    return prepare(spec) if spec.corpus is None else prepare_samples(spec)
+    if spec.corpus is None:
+        return prepare(spec)
+    samples = prepare_samples(spec)
+    check_facts(spec, samples)
+    return samples
 
 
 # --- one trial -------------------------------------------------------------------------------------------------

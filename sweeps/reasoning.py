@@ -7,7 +7,7 @@ models have read the standard library before: what they recite of held-out funct
 
 Reads: open question 3 of arXiv 2502.01187, which finds them nearly independent in question answering.
 
-Cost: at tiny scale 3 trials a seed, some minutes each on one core (`plan` states it).
+Cost: at tiny scale 3 trials a seed, less than two minutes each on one core (`plan` states it).
 """
 
 from memray.corpora import CorpusSpec, RowsSpec
@@ -26,7 +26,7 @@ PAPER = TrialSpec(
     probes=ProbesSpec(num_held_out=200),
     compute=ComputeSpec(accelerator="h200"),
 )
-# One function in eight is longer.
+# One function in five is longer.
 TINY = TrialSpec(
     corpus=CorpusSpec(
         rows=RowsSpec(generator="questions"), num_samples=320, max_tokens=144, too_long="drop",

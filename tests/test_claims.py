@@ -24,12 +24,12 @@ from memray.report.effects import UNBOUNDED, Mean, Shift
 from memray.report.estimands import over_num_strings
 from memray.report.mixes import mixes, overlaps
 from memray.report.records import RecordsOf
-from memray.report.replicates import correlation, extractable_beyond_robust, plateau, seen_cells
-from memray.report.sample_estimands import growth_while_flat, partly
+from memray.report.replicates import extractable_beyond_robust, plateau, seen_cells
+from memray.report.sample_estimands import growth_while_flat, skew_with_collapse, where_whole
 from memray.sample_measurement import SampleScores, sample_table
 from memray.samples import FOREIGN, NATIVE, KnownSample
 from memray.spec import LoraSpec, ModelSpec, StringsSpec, TrainingSpec, TrialSpec
-from memray.sweep import Sweep, replicates, vary
+from memray.sweep import Sweep, load, replicates, vary
 
 LAST = 400
 BASE = TrialSpec(strings=StringsSpec(length=64), training=TrainingSpec(epochs=LAST))
@@ -54,7 +54,7 @@ def planted(sweep: Sweep, rows_of: Callable[[TrialSpec], Rows]) -> pd.DataFrame:
         named = {"trial_id": trial.trial_id(), "cell_id": trial.cell_id(), **trial.params()}
         for epoch, values in rows_of(trial).items():
             present = {key: value for key, value in values.items() if math.isfinite(value)}
-            always = {"recall/robust": 0.9} if trial.corpus is None else {"match/censored": 0.3}
+            always = {"recall/robust": 0.9} if trial.corpus is None else {"match/censored": 0.03}
             rows.append(named | {"epoch": epoch} | always | present)
     return pd.DataFrame(rows)
 
@@ -334,17 +334,23 @@ def skewed_where_free(effect: float, spread: float) -> Plant:
 
 
 def collapsing(*, sign: int) -> Plant:
-    """Skewness rises as the effective rank falls, or with it, or (sign 0) as chance has it."""
+    """Beside trends of all three, skewness rises as the effective rank falls, or with it, or (sign 0) as chance has it.
+
+    Before training nothing goes with anything.
+    """
 
     def plant(trial: TrialSpec, normal: float) -> Rows:
-        epochs = (5, 10, 20, 40, LAST)
-        skewness = np.arange(5.0) if sign else np.random.default_rng(int(abs(normal) * 1e9)).permutation(np.arange(5.0))
+        rng = np.random.default_rng(int(abs(normal) * 1e9))
+        place = np.arange(12)
+        one, other = rng.normal(size=(2, 12)) * 8
+        rank, skewness = 50.0 - place + one, 5.0 - place + (sign * one if sign else other)
         rows = {
-            epoch: {"collapse/effective_rank": 10.0 + (sign or 1) * place, "match/skewness": float(skewness[place])}
-            for place, epoch in enumerate(epochs)
-        }
-        # Before training nothing goes with anything.
-        return {0: {"collapse/effective_rank": 10.0 - 99.0 * sign, "match/skewness": 99.0}} | rows
+            5 * (1 + k): {
+                "collapse/effective_rank": float(rank[k]), "match/skewness": float(skewness[k]), "match/mean": float(k)
+            }
+            for k in place.tolist()
+        }  # fmt: skip
+        return {0: {"collapse/effective_rank": 10.0 - 999.0 * sign, "match/skewness": 999.0, "match/mean": 0.0}} | rows
 
     return plant
 
@@ -554,8 +560,7 @@ PLANTINGS = [
     Planting("C9", OVERLAPS, *matched(by_option("continuation_overlap"), 0.7, -0.7), base=CORPUS),
     Planting("C10 collapse", FREEZING, skewed_where_free(1.0, 0.1), None, skewed_where_free(0.0, 1.0), base=CORPUS),
     Planting("C10 collapse", FREEZING, skewed_where_free(-1.0, 0.1), None, skewed_where_free(0.0, 1.0), base=CORPUS),
-    Planting("C10 skew", FREEZING, collapsing(sign=1), None, collapsing(sign=0), num_findings=2, base=CORPUS),
-    Planting("C10 skew", FREEZING, collapsing(sign=-1), None, collapsing(sign=0), num_findings=2, base=CORPUS),
+    Planting("C10 skew", FREEZING, collapsing(sign=-1), collapsing(sign=1), collapsing(sign=0), base=CORPUS),
     Planting("C11", [{}], ranked(5.0, 0.5), ranked(-5.0, 0.5), ranked(0.0, 3.0), base=CORPUS),
     Planting("C12", TEMPLATES, *matched(by_option("num_templates"), 0.7, 0.0), num_findings=3, base=CORPUS),
     Planting("C12", SKEWS, *matched(by_option("skew"), -0.7, 0.0), num_findings=3, base=CORPUS),
@@ -622,12 +627,46 @@ def on_corpus(rows: Rows) -> tuple[TrialSpec, pd.DataFrame]:
     return sweep.trials[0], planted(sweep, lambda trial: rows)
 
 
-def test_skew_is_read_where_samples_are_partly_recited():
-    shares = {0: 0.0, 1: 0.1, 5: 0.4, 10: 0.6, LAST: 1.0}
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ({0: 0.0, 1: 0.01, 5: 0.03, 10: 0.08, LAST: 1.0}, 7.5),  # between 5 and 10, two fifths of the way
+        ({0: 0.0, 1: 0.01, 5: 0.03, 10: 0.04, LAST: 0.05}, LAST + 0.5),
+        ({0: 0.0, 1: 0.06, 5: 0.03, 10: 0.04, LAST: 0.05}, math.nan),  # nobody looked before
+    ],
+)
+def test_skew_is_read_where_as_many_samples_are_recited_whole(shares: dict[int, float], expected: float):
     rows: Rows = {epoch: {"match/censored": share, "match/gini": epoch + 0.5} for epoch, share in shares.items()}
-    assert partly("match/gini")(*on_corpus(rows)) == 5.5
-    whole: Rows = {epoch: each | {"match/censored": 0.9 * (epoch > 0)} for epoch, each in rows.items()}
-    assert math.isnan(partly("match/gini")(*on_corpus(whole)))  # before training nothing is recited
+    assert where_whole("match/gini")(*on_corpus(rows)) == pytest.approx(expected, nan_ok=True)
+
+
+def test_two_trends_alone_are_no_correlation_of_skew_and_collapse():
+    epochs = range(1, 9)
+    rows: Rows = {
+        epoch: {"match/mean": float(epoch), "match/skewness": -(epoch**0.5), "collapse/effective_rank": 20.0 + epoch}
+        for epoch in epochs
+    }
+    sweep = grid("similarity", [{}], seeds=5, base=CORPUS)
+    assert not skew_with_collapse(seen_cells(sweep, planted(sweep, lambda trial: rows)))
+
+
+def test_a_study_of_similarity_can_support_its_claims_at_its_own_size():
+    """Under Holm's adjustment over all rows of its table."""
+    sweep = load(Path(__file__).parent.parent / "sweeps" / "similarity.py")
+
+    def rows_of(trial: TrialSpec) -> Rows:
+        assert trial.corpus is not None
+        told = trial.corpus.rows.all_options()
+        jitter = 1 + 0.01 * trial.string_seed
+        mean = 4.0 * jitter * (2 if told["prefix_overlap"] == "high" else 1)
+        mean *= 3 if told["continuation_overlap"] == "high" else 1
+        skewness = jitter * (1.0 if trial.training.frozen_embeddings else 2.0)
+        return {0: {}, 10: {"match/mean": mean, "match/skewness": skewness, "collapse/effective_rank": 9.0}}
+
+    found = judge(sweep, planted(sweep, rows_of))
+    assert {each.claim.id: each.verdict for each in found} == dict.fromkeys(("C8", "C9", "C10"), "supported")
+    (collapse,) = [each for each in found if each.claim.id == "C10"]
+    assert collapse.evidence.notes == ("effective rank of the embeddings at the end: 9 free, 9 frozen",)
 
 
 @pytest.mark.parametrize(
@@ -952,26 +991,14 @@ def test_what_moves_at_all_is_supported_where_the_interval_lies_off_zero_and_els
     for effect, verdict in ((1.0, "supported"), (-1.0, "supported"), (0.0, "undecided")):
         sweep = grid("similarity", FREEZING, seeds=5, base=CORPUS)
         plant = skewed_where_free(effect, 0.2)
-        frame = planted(sweep, lambda trial, plant=plant: plant(trial, [-2.0, -1.0, 0.0, 1.0, 2.0][trial.string_seed]))
+        frame = planted(
+            sweep,
+            lambda trial, plant=plant: plant(trial, by_freezing(trial) * [-2, -1, 0, 1, 2][trial.string_seed]),
+        )
         (found,) = judge(sweep, frame)
-        assert (found.evidence.levels, found.verdict) == (("frozen", "free"), verdict)
+        assert (found.evidence.levels, found.verdict) == (("effect",), verdict)
         assert found.estimate == pytest.approx(effect)
         assert (found.interval.low > 0 or found.interval.high < 0) == (verdict == "supported")
-
-
-def test_a_correlation_over_epochs_leaves_out_the_first_and_needs_four():
-    def frame(values: Sequence[float]) -> pd.DataFrame:
-        rows = {epoch: {"a": float(epoch), "b": value} for epoch, value in enumerate(values)}
-        return planted(Sweep([BASE]), lambda trial: rows)
-
-    for values, expected in (
-        ([99.0, 1.0, 2.0, 4.0, 8.0], 1.0),
-        ([0.0, 4.0, 3.0, math.nan, 2.0, 1.0], -1.0),
-        ([0.0, 1.0, 3.0, 2.0, 4.0], 0.8),
-        ([0.0, 1.0, 2.0, 3.0], math.nan),
-        ([0.0, 1.0, 1.0, 1.0, 1.0], math.nan),
-    ):
-        np.testing.assert_allclose(correlation("a", "b")(BASE, frame(values)), expected)
 
 
 def test_alphabets_of_one_entropy_are_compared_skew_by_skew():

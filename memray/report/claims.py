@@ -43,11 +43,10 @@ from memray.report.estimands import (
     together,
 )
 from memray.report.placements import varies_placement
-from memray.report.records import RecordsOf
+from memray.report.records import FEW_WHOLE, HALF_WHOLE, RecordsOf
 from memray.report.replicates import (
     accuracy_at_onset,
     accuracy_beyond_robust,
-    correlation,
     difference,
     extractable_beyond_robust,
     first,
@@ -57,7 +56,6 @@ from memray.report.replicates import (
 )
 from memray.report.sample_estimands import (
     MEAN,
-    SKEWNESS,
     TAIL,
     foreign_against_native,
     free_against_frozen,
@@ -65,7 +63,8 @@ from memray.report.sample_estimands import (
     inside_fitted_interval,
     over_corpus_size,
     over_option,
-    partly,
+    skew_with_collapse,
+    where_whole,
 )
 from memray.report.sequence_estimands import (
     BEYOND_HELDOUT,
@@ -136,12 +135,12 @@ class Claim:
 RANDOM_STRINGS = "arXiv 2407.19262"
 SKEWED = "arXiv 2502.01187"
 SPEED_TEXT = f"change of {SPEED}"
-PARTLY_TEXT = "at the last probe epoch at which fewer than half of the samples are recited whole"
+FEW_WHOLE_TEXT = f"where {FEW_WHOLE:.0%} of the samples are recited whole (or at the last epoch, where fewer are)"
 GROWTH_TEXT = "growth of the tail of match lengths from the probe epoch from which on the loss is flat to the last one"
 TOP_SHARE = "match/top_share_beyond_geometric"
 TOP_SHARE_TEXT = (
     "share of all matched tokens that the top 1 % of samples hold, less that of a geometric distribution with the same "
-    f"references; {PARTLY_TEXT}"
+    f"references; {FEW_WHOLE_TEXT}"
 )
 
 CLAIMS = (
@@ -310,7 +309,7 @@ CLAIMS = (
     ),
     Claim(
         id="C2", sentence="A few samples hold most of what is memorised.", source=SKEWED,
-        studies=("duration",), about="corpora", estimand=in_each_cell(partly(TOP_SHARE)), measured=TOP_SHARE_TEXT,
+        studies=("duration",), about="corpora", estimand=in_each_cell(where_whole(TOP_SHARE)), measured=TOP_SHARE_TEXT,
         direction="rises", smallest=0.05, unit="of tokens",
     ),
     Claim(
@@ -330,24 +329,25 @@ CLAIMS = (
         id="C5", sentence="The skew follows from token generation.", source=SKEWED, studies=("duration",),
         estimand=inside_fitted_interval, about="corpora",
         measured="place of the observed skewness in the 95 % interval of the fitted beta-geometric curve, whose ends "
-        f"are -1 and 1; {PARTLY_TEXT}",
+        f"are -1 and 1; {FEW_WHOLE_TEXT}",
         direction="stays", smallest=1.0, unit="half-widths",
     ),
     Claim(
         id="C6", sentence="Right tokens are nearly independent of each other.", source=SKEWED,
         studies=("duration", "reasoning"), about="corpora",
         estimand=together(
-            in_each_cell(partly("dependence/lag_1_bits"), "neighbours"),
-            in_each_cell(partly("dependence/history_bits"), "a token and all before it"),
+            in_each_cell(where_whole("dependence/lag_1_bits", HALF_WHOLE), "neighbours"),
+            in_each_cell(where_whole("dependence/history_bits", HALF_WHOLE), "a token and all before it"),
         ),
-        measured=f"mutual information beyond what samples and positions explain, {PARTLY_TEXT}",
+        measured="mutual information beyond what samples and positions explain, where half of the samples are recited "
+        "whole (or at the last epoch, where fewer are)",
         direction="stays", smallest=0.01, unit="bits",
     ),
     Claim(
         id="C7", sentence="Small probes miss the worst cases.", source=SKEWED, studies=("duration", "probe_size"),
-        estimand=in_each_cell(partly("match/expected_max_rise")), about="corpora",
-        measured=f"E[max_z] at a fifth of the samples less that at a tenth of them, {PARTLY_TEXT}",
-        direction="rises", smallest=0.0, unit="tokens",
+        estimand=in_each_cell(where_whole("match/expected_max_rise")), about="corpora",
+        measured=f"E[max_z] at a fifth of the samples less that at a tenth of them, {FEW_WHOLE_TEXT}",
+        direction="rises", smallest=1.0, unit="tokens",
     ),
     Claim(
         id="C8", sentence="More similar samples are memorised more.", source="the summary of " + SKEWED,
@@ -368,16 +368,16 @@ CLAIMS = (
     Claim(
         id="C10", sentence="Collapse of embeddings drives the skew: it differs where they are frozen.",
         source="open question 1 of " + SKEWED, studies=("similarity",), estimand=free_against_frozen, about="corpora",
-        measured=f"skewness of the match lengths, from frozen input embeddings to free ones; {PARTLY_TEXT}",
+        measured="skewness of the match lengths with free input embeddings less that with frozen ones, "
+        f"{FEW_WHOLE_TEXT}",
         direction="moves", smallest=0.0, unit="of skewness",
     ),
     Claim(
         id="C10", sentence="Skew goes with the collapse of embeddings while a trial trains.",
-        source="open question 1 of " + SKEWED, studies=("similarity",), about="corpora",
-        estimand=in_each_cell(correlation("collapse/effective_rank", SKEWNESS)),
-        measured="Spearman correlation over probe epochs of the effective rank of the samples' embeddings and the "
-        "skewness of the match lengths",
-        direction="moves", smallest=0.0, unit="of 1",
+        source="open question 1 of " + SKEWED, studies=("similarity",), about="corpora", estimand=skew_with_collapse,
+        measured="rank correlation over probe epochs of the effective rank of the samples' embeddings and the skewness "
+        "of the match lengths, with the mean match length held",
+        direction="falls", smallest=0.0, unit="of 1",
     ),
     Claim(
         id="C11", sentence="Memorisation reaches facts, not only their wording.",
@@ -393,12 +393,14 @@ CLAIMS = (
         estimand=together(
             *(
                 over_option(
-                    option, (("match/gini", "Gini"), (TAIL, "E[max_z]"), ("match/top_share", "top share")), at=partly
+                    option,
+                    (("match/gini", "Gini"), (TAIL, "E[max_z]"), ("match/top_share", "top share")),
+                    at=where_whole,
                 )
                 for option in ("skew", "num_templates")
             )
         ),
-        measured=f"skew of the match lengths, change from the first arm to the last; {PARTLY_TEXT}",
+        measured=f"skew of the match lengths, change from the first arm to the last; {FEW_WHOLE_TEXT}",
         direction="moves", smallest=0.10, unit="relative",
     ),
     Claim(
@@ -410,7 +412,7 @@ CLAIMS = (
     Claim(
         id="C13", sentence="A few samples hold most of it, whatever the architecture and the objective.",
         source="a next check of " + SKEWED, studies=("architecture", "objective"),
-        estimand=in_each_cell(partly(TOP_SHARE)), about="corpora", measured=f"as C2, in each: {TOP_SHARE_TEXT}",
+        estimand=in_each_cell(where_whole(TOP_SHARE)), about="corpora", measured=f"as C2, in each: {TOP_SHARE_TEXT}",
         direction="rises", smallest=0.05, unit="of tokens",
     ),
 )  # fmt: skip

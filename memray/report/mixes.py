@@ -1,7 +1,8 @@
 """The samples that two mixes of a corpus share, compared one by one: what foreign samples do to the others.
 
 A mix is the overlap with more samples trained beside it, foreign ones or as many native ones. Of each sample of the
-overlap there is one match length a training, at its last epoch. How much two mixes differ is held against how much
+overlap there is one match length a training, at the last probe epoch at which fewer than half are recited whole in
+every training of either mix: where all are, nothing can differ. How much two mixes differ is held against how much
 trainings of the same mix do.
 """
 
@@ -13,12 +14,14 @@ from functools import cached_property
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
 from numpy import ndarray
 
 from memray.corpora import CorpusSpec
 from memray.measures.paired import PairedComparison, paired_comparison
-from memray.report.records import SamplesSeen
+from memray.report import column
+from memray.report.records import HALF_WHOLE, SamplesSeen
 from memray.report.replicates import Seen, groups
 
 # The fields in which mixes of one overlap differ.
@@ -63,7 +66,8 @@ class Overlap:
         """The same test between two halves of the trainings of one mix, for all ways to halve them.
 
         The halves are equally large, of an odd number one training is left out: the mean of more trainings is less
-        skewed, and the test would find that. They are smaller than what `between` compares, and so differ by more.
+        skewed, and the test would find that. They are smaller than what `between` compares, and share no seeds as its
+        two sides do, and so differ by more.
         """
         return [
             paired_comparison(one.mean(axis=0), other.mean(axis=0), rng=None)
@@ -104,7 +108,10 @@ def mixes(cells: Sequence[Seen]) -> list[tuple[Seen, Seen]]:
 
 def overlaps(foreign: Seen, native: Seen) -> list[Overlap]:
     """What two mixes share, by string seed; nothing of those that are not trained in both, or without records."""
-    by_seed = [_match_lengths(cell) for cell in (foreign, native)]
+    epochs = set.intersection(*(_partly_recited(rows) for cell in (foreign, native) for _, rows in cell.rows))
+    if not epochs:
+        return []
+    by_seed = [_match_lengths(cell, max(epochs)) for cell in (foreign, native)]
     found = []
     for seed in sorted(by_seed[0].keys() & by_seed[1].keys()):
         of_foreign, of_native = (each[seed] for each in by_seed)
@@ -116,19 +123,27 @@ def overlaps(foreign: Seen, native: Seen) -> list[Overlap]:
     return found
 
 
-def _match_lengths(cell: Seen) -> dict[int, list[dict[int, int]]]:
+def _partly_recited(rows: pd.DataFrame) -> set[int]:
+    """The epochs of training at which fewer than half of a trial's samples are recited whole."""
+    epoch = column(rows, "epoch")
+    return {int(each) for each in epoch[(epoch > 0) & (column(rows, "match/censored") < HALF_WHOLE)]}
+
+
+def _match_lengths(cell: Seen, epoch: int) -> dict[int, list[dict[int, int]]]:
     """By string seed, of each training: the match lengths of the samples that are compared, by their row."""
     found: dict[int, list[dict[int, int]]] = {}
     if (records := cell.records) is None:
         return found
     for trial, _ in cell.rows:
-        last = SamplesSeen.last(trial, records(trial.trial_id()).samples())
-        if last is not None:
-            compared = trial.probes.compared_strings or last.correctness.num_samples
-            places = zip(last.table["sample"].to_pylist(), last.table["row"].to_pylist(), strict=True)
-            lengths = zip(places, last.correctness.num_match.tolist(), strict=True)
-            own = {row: num_match for (sample, row), num_match in lengths if sample < compared}
-            found.setdefault(trial.string_seed, []).append(own)
+        samples = records(trial.trial_id()).samples()
+        if not samples.num_columns:
+            continue
+        seen = SamplesSeen.at(trial, samples, epoch)
+        compared = trial.probes.compared_strings or seen.correctness.num_samples
+        places = zip(seen.table["sample"].to_pylist(), seen.table["row"].to_pylist(), strict=True)
+        lengths = zip(places, seen.correctness.num_match.tolist(), strict=True)
+        own = {row: num_match for (sample, row), num_match in lengths if sample < compared}
+        found.setdefault(trial.string_seed, []).append(own)
     return found
 
 

@@ -49,8 +49,11 @@ class Records(Protocol):
         ...
 
 
-# Samples are partly recited where less than this share of them is recited to the end of its reference.
-PARTLY = 0.5
+# Up to this share of samples that are recited to the end of their references, match lengths have a tail: where many
+# are, the longest references are the longest matches.
+FEW_WHOLE = 0.05
+# Where fewer than this share are, right and wrong tokens are there to depend on each other, and samples to differ.
+HALF_WHOLE = 0.5
 
 # By the trial's id.
 RecordsOf = Callable[[str], Records]
@@ -70,28 +73,30 @@ class SamplesSeen:
     correctness: Correctness
 
     @staticmethod
-    def last(trial: TrialSpec, samples: pa.Table) -> SamplesSeen | None:
-        """At the last epoch, from the records of a trial; None where there are none."""
-        if not samples.num_columns:
-            return None
-        return SamplesSeen._at(trial, samples, int(samples["epoch"].to_numpy().max()))
+    def last(trial: TrialSpec, samples: pa.Table) -> SamplesSeen:
+        """At the last epoch."""
+        return SamplesSeen.at(trial, samples, int(samples["epoch"].to_numpy().max()))
 
     @staticmethod
-    def partly(trial: TrialSpec, samples: pa.Table) -> SamplesSeen | None:
-        """At the last epoch of training at which fewer than half are recited whole: where all are, there is no tail.
+    def few_whole(trial: TrialSpec, samples: pa.Table) -> SamplesSeen | None:
+        """At the last epoch of training before more than a few of those that are compared are recited whole.
 
-        At the last epoch, where there is no such one.
+        At the last epoch, where more are from the first look on.
         """
         if not samples.num_columns:
             return None
-        for epoch in sorted({*samples["epoch"].to_pylist()} - {0}, reverse=True):
-            seen = SamplesSeen._at(trial, samples, epoch)
-            if np.mean(seen.correctness.is_censored) < PARTLY:
-                return seen
-        return SamplesSeen.last(trial, samples)
+        found = None
+        for epoch in sorted({*samples["epoch"].to_pylist()} - {0}):
+            seen = SamplesSeen.at(trial, samples, epoch)
+            compared = seen.correctness.is_censored[: trial.probes.compared_strings or None]
+            if np.mean(compared) > FEW_WHOLE:
+                break
+            found = seen
+        return found or SamplesSeen.last(trial, samples)
 
     @staticmethod
-    def _at(trial: TrialSpec, samples: pa.Table, epoch: int) -> SamplesSeen:
+    def at(trial: TrialSpec, samples: pa.Table, epoch: int) -> SamplesSeen:
+        """At one of the epochs that its records have."""
         table = samples.filter(pa.array(samples["epoch"].to_numpy() == epoch))
         (scored,) = ScoredSamples.read(table)
         native = scored.role == NATIVE

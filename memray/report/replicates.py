@@ -186,16 +186,6 @@ def difference(one: str, other: str) -> Quantity:
     return quantity
 
 
-def correlation(one: str, other: str) -> Quantity:
-    """Spearman's correlation of two metrics over the epochs after training began at which both were measured."""
-
-    def quantity(trial: TrialSpec, rows: pd.DataFrame) -> float:
-        is_trained = column(rows, "epoch") > 0
-        return spearman(column(rows, one)[is_trained], column(rows, other)[is_trained])
-
-    return quantity
-
-
 def spearman(x: Float[ndarray, " points"], y: Float[ndarray, " points"]) -> float:
     """Spearman's correlation of the points at which both are defined; nan where they are few, or one is constant.
 

@@ -16,15 +16,18 @@ from memray.corpora import CorpusSpec, name_of
 from memray.report import column
 from memray.report.estimands import Estimand, Evidence, between, within
 from memray.report.mixes import MIX, TRAININGS_WANTED, control, mixes, overlaps
-from memray.report.records import PARTLY
-from memray.report.replicates import Quantity, Seen, groups, last
+from memray.report.records import FEW_WHOLE, HALF_WHOLE
+from memray.report.replicates import Quantity, Seen, groups, last, spearman
 from memray.spec import TrialSpec
 
 NUM_SAMPLES = "corpus.num_samples"
 OPTIONS = "corpus.rows.options"
 FROZEN = "training.frozen_embeddings"
 TAIL, MEAN, LOSS = "match/expected_max", "match/mean", "recall/nll_nats"
-SKEWNESS = "match/skewness"
+SKEWNESS, RANK = "match/skewness", "collapse/effective_rank"
+
+# Less than this is left of a correlation by rounding alone.
+ROUNDING = 1e-9
 
 # The loss is flat from where on it stays so near to what it comes to.
 FLAT = 0.01
@@ -36,16 +39,24 @@ def corpus_of(cell: Seen) -> CorpusSpec:
     return cell.spec.corpus
 
 
-def partly(key: str) -> Quantity:
-    """A metric at the last look of training at which fewer than half of the samples are recited whole.
+def where_whole(key: str, share: float = FEW_WHOLE) -> Quantity:
+    """A metric where that share of the samples is recited whole: what is compared has come equally far.
 
-    Where all are, nothing is skewed and no token depends on another, whatever made it so. Nan where there is no such
-    look.
+    Interpolated between the looks before and after; at the last one, where fewer are recited whole to the end; nan
+    where more are from the first look of training on.
     """
 
     def quantity(trial: TrialSpec, rows: pd.DataFrame) -> float:
-        is_partial = (column(rows, "epoch") > 0) & (column(rows, "match/censored") < PARTLY)
-        return last(key)(trial, rows.loc[is_partial]) if is_partial.any() else math.nan
+        whole, values = column(rows, "match/censored"), column(rows, key)
+        is_known = (column(rows, "epoch") > 0) & ~np.isnan(whole) & ~np.isnan(values)
+        whole, values = whole[is_known], values[is_known]
+        beyond = np.flatnonzero(whole > share)
+        if not len(beyond):
+            return float(values[-1]) if len(values) else math.nan
+        if beyond[0] == 0:
+            return math.nan
+        ends = slice(beyond[0] - 1, beyond[0] + 1)
+        return float(np.interp(share, whole[ends], values[ends]))
 
     return quantity
 
@@ -84,7 +95,7 @@ def inside_fitted_interval(cells: Sequence[Seen]) -> list[Evidence]:
 
     def quantity(trial: TrialSpec, rows: pd.DataFrame) -> float:
         observed, low, high = (
-            partly(f"match/{name}")(trial, rows) for name in ("skewness", "skewness_low", "skewness_high")
+            where_whole(f"match/{name}")(trial, rows) for name in ("skewness", "skewness_low", "skewness_high")
         )
         return (observed - (low + high) / 2) / ((high - low) / 2) if high > low else math.nan
 
@@ -133,7 +144,8 @@ def over_option(
     """
 
     def estimand(cells: Sequence[Seen]) -> list[Evidence]:
-        cells = [cell for cell in cells if option in _options(cell)]
+        # Arms with frozen embeddings are there for another question.
+        cells = [cell for cell in cells if option in _options(cell) and not cell.spec.training.frozen_embeddings]
         if held is not None:
             cells = [cell for cell in cells if _options(cell).get(held[0]) == held[1]]
         found = []
@@ -186,13 +198,53 @@ def foreign_against_native(cells: Sequence[Seen]) -> list[Evidence]:
 
 
 def free_against_frozen(cells: Sequence[Seen]) -> list[Evidence]:
-    """The skewness of partly recited samples, from embeddings that stay as they were to those that are trained."""
-    found = []
+    """The skewness of match lengths with embeddings that are trained, less that with embeddings that stay as they were.
+
+    The value of a replicate is its mean difference over the pairs of cells that are equal in all else.
+    """
+    pairs = []
     for group in groups([cell for cell in cells if FROZEN in cell.params], lambda cell: cell.held((FROZEN,))):
-        ordered = sorted(group, key=lambda cell: not cell.params[FROZEN])
-        levels = [("frozen" if cell.params[FROZEN] else "free", cell.values(partly(SKEWNESS))) for cell in ordered]
-        found += between(levels, where=ordered[0].where((FROZEN,)))
-    return found
+        by_frozen = {bool(cell.params[FROZEN]): cell for cell in group}
+        if len(by_frozen) == 2:
+            pairs.append((by_frozen[False], by_frozen[True]))
+    differences: dict[int, list[float]] = {}
+    for free, frozen in pairs:
+        of_free, of_frozen = (cell.by_string(where_whole(SKEWNESS)) for cell in (free, frozen))
+        for seed in of_free.keys() & of_frozen.keys():
+            differences.setdefault(seed, []).append(of_free[seed] - of_frozen[seed])
+    if not differences:
+        return []
+    ranks = [np.median([cell.median(last(RANK)) for cell in own]) for own in zip(*pairs, strict=True)]
+    note = f"effective rank of the embeddings at the end: {ranks[0]:.3g} free, {ranks[1]:.3g} frozen"
+    values = np.array([np.mean(differences[seed]) for seed in sorted(differences)])
+    return [Evidence(where="", levels=("effect",), values=(values,), what=over_pairs(len(pairs)), notes=(note,))]
+
+
+def over_pairs(number: int) -> str:
+    return "" if number == 1 else f"mean over {number} arms"
+
+
+def skew_with_collapse(cells: Sequence[Seen]) -> list[Evidence]:
+    """Whether looks at which embeddings have fewer directions than the mean match length tells are more skewed.
+
+    Both change with every epoch: the rank correlation of a trial is taken with the mean match length held (partial), or
+    any two trends would agree. The value of a replicate is its mean over the cells.
+    """
+
+    def quantity(trial: TrialSpec, rows: pd.DataFrame) -> float:
+        is_seen = (column(rows, "epoch") > 0) & (column(rows, "match/censored") < HALF_WHOLE)
+        rank, skewness, mean = (column(rows, key)[is_seen] for key in (RANK, SKEWNESS, MEAN))
+        both, with_rank, with_skewness = spearman(rank, skewness), spearman(rank, mean), spearman(skewness, mean)
+        left = (1 - with_rank**2) * (1 - with_skewness**2)
+        return (both - with_rank * with_skewness) / math.sqrt(left) if left > ROUNDING else math.nan
+
+    by_seed: dict[int, list[float]] = {}
+    for cell in cells:
+        for seed, value in cell.by_string(quantity).items():
+            by_seed.setdefault(seed, []).append(value)
+    values = np.array([np.mean(by_seed[seed]) for seed in sorted(by_seed)])
+    what = over_pairs(len(cells))
+    return [Evidence(where="", levels=("effect",), values=(values,), what=what)] if len(values) else []
 
 
 def _options(cell: Seen) -> dict[str, int | float | str]:

@@ -2,7 +2,7 @@
 probe sees of it, and which samples are memorised most.
 
 Metrics say how a trial went; the match lengths themselves stand in the records of its samples, of which the last epoch
-is drawn at which fewer than half are recited whole. Replicates of a cell are pooled where a figure shows a
+is drawn at which few are recited whole. Replicates of a cell are pooled where a figure shows a
 distribution.
 """
 
@@ -24,7 +24,7 @@ from memray.measures.skew import LARGEST_SHARE, expected_max, miss_probability
 from memray.report.charts import Chart, Style, Trace
 from memray.report.figure import Line, lines_of
 from memray.report.probe_figures import replicate_trace
-from memray.report.records import RecordsOf, SamplesSeen
+from memray.report.records import FEW_WHOLE, RecordsOf, SamplesSeen
 from memray.report.replicates import Seen, last, seen_cells
 from memray.report.sample_scatters import Neighbours, mix_charts, neighbour_charts
 from memray.sweep import Sweep
@@ -36,7 +36,7 @@ FIT_NAMES = {"geometric": "geometric", "linear": "linear p", "beta_geometric": "
 FEWEST_AT_RISK = 10
 # The longest matches that a small probe is to find.
 WORST_CASES = 10
-WHEN = "At the last probe epoch at which fewer than half of the samples are recited whole"
+WHEN = f"At the last probe epoch with at most {FEW_WHOLE:.0%} of the samples recited whole (or the last of all)"
 PREFIX_MATCH = re.compile(r"prefix/match_(\d+)")
 
 # The cells that have records, with the samples of each of their trials.
@@ -67,7 +67,7 @@ def _read(lines: Sequence[Line], records: RecordsOf | None) -> tuple[Pooled, lis
         ended, neighbours = [], []
         for trial in line.trials:  # one after another, for all of their tables may not fit into memory
             samples = records(trial.trial_id()).samples()
-            if (seen := SamplesSeen.partly(trial, samples)) is not None:
+            if (seen := SamplesSeen.few_whole(trial, samples)) is not None:
                 ended.append(seen)
                 neighbours.append(Neighbours.of(seen, samples))
         if ended:
@@ -273,7 +273,7 @@ def most_memorised(sweep: Sweep, frame: pd.DataFrame, records: RecordsOf) -> lis
         if trial.corpus is None or trial.trial_id() not in with_results:
             continue
         samples = records(trial.trial_id()).samples()
-        ended = SamplesSeen.partly(trial, samples)
+        ended = SamplesSeen.few_whole(trial, samples)
         if ended is None:
             continue
         texts = _texts(samples)

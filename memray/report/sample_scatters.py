@@ -65,7 +65,8 @@ def _mix_chart(foreign: Seen, shared: Sequence[Overlap]) -> Chart:
         x_title="mean match length with native samples added, tokens",
         y_title="mean match length with foreign ones added, tokens",
         caption=f"A point a sample that both mixes train, the mean over its {shared[0].num_trainings} training seeds "
-        f"at their last epoch. {_effects(shared)}; {control(shared)}.{thinned}",
+        f"at the last probe epoch at which in none half of them are recited whole. {_effects(shared)}; "
+        f"{control(shared)}.{thinned}",
         traces=tuple(traces),
         legend_title="strings",
     )
@@ -130,8 +131,8 @@ def neighbour_charts(found: Sequence[tuple[Line, Sequence[Neighbours]]]) -> Iter
             title=f"Match length by the nearest neighbour, of {what}",
             x_title=f"cosine with the nearest other sample before training ({what}, mean-centred)",
             y_title="match length, tokens",
-            caption="A point a native sample and replicate, at the last probe epoch at which fewer than half are "
-            "recited whole. Spearman's correlation, median over replicates: "
+            caption="A point a native sample and replicate, at the last probe epoch at which few are recited "
+            "whole. Spearman's correlation, median over replicates: "
             f"{', '.join(said)}.{THINNED if is_thinned else ''}",
             traces=tuple(traces),
         )
