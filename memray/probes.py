@@ -283,7 +283,7 @@ class ProbesSpec(Part):
         embeddings: How alike samples are, and how many directions the model tells them apart in; None is not asked.
         facts: Whether facts are known in words in which they were not told; None is not asked.
         prefix_lengths: Tokens of the reference that are given beforehand: for each, how many more are recited, of the
-            samples that go on beyond the most of them and up to where all can be compared.
+            samples that go on beyond the most of them, and up to as many tokens for each.
     """
 
     epochs: tuple[Annotated[int, Field(ge=0)], ...] = PROBE_EPOCHS

@@ -283,7 +283,7 @@ def _by_prefix_length(correctness: Correctness, prefix_lengths: Sequence[int]) -
     """How many tokens are recited after the first few of a reference are given, by how many.
 
     Of the references that go on beyond the most that are given, and up to as many tokens for each number of them: what
-    differs is the prefix alone.
+    differs is the prefix, and with it where in a reference these tokens stand.
     """
     if not prefix_lengths:
         return {}

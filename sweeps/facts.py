@@ -2,8 +2,8 @@
 
 Hypothesis: facts too (claim C11). A table of facts on invented people is told in one template, or each fact in one of
 four, so that a model learns all wordings and no fact in more than one. Then every object of a relation is ranked under
-the templates in which a fact was never told, for facts that were trained and for facts that were not: by chance an
-object is the 16.5th of 32.
+the templates in which a fact was never told, of people whose facts were trained and of others. By chance an object is
+the 16.5th of 32, and better where it is told of many people, so that both are asked for the same objects.
 
 Reads: open question 2 of arXiv 2502.01187.
 
@@ -26,7 +26,7 @@ TINY = TrialSpec(
     corpus=CorpusSpec(rows=RowsSpec(generator="facts"), num_samples=480, max_tokens=64),
     model=ModelSpec(size="tiny-text"),
     training=TrainingSpec(epochs=20, strings_per_step=8, schedule="constant"),
-    probes=ProbesSpec(epochs=(0, 1, 3, 5, 10, 15), num_held_out=96, facts=FactsSpec(epochs=(0, 5, 10), num_facts=96)),
+    probes=ProbesSpec(epochs=(0, 1, 3, 5, 10, 15), num_held_out=48, facts=FactsSpec(epochs=(0, 10), num_facts=48)),
 )
 
 

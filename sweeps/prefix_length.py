@@ -2,7 +2,8 @@
 
 Hypothesis: more, and less so with each token that is given. Lives of invented people are trained, with the names that
 they begin with or without. After 0 to 12 tokens of each the recited ones are counted, of the samples that go on long
-enough and up to equally many tokens for each number given: what differs is the prefix alone. One pass answers for all.
+enough and up to equally many tokens for each number given: what differs is the prefix, and where in a life they stand.
+One pass answers for all.
 
 Reads: arXiv 2502.01187, which cuts its texts at one length.
 

@@ -254,7 +254,8 @@ def _by_prefix(lines: Sequence[Line], cells: Sequence[Seen]) -> Iterator[Chart]:
             x_title="tokens of the reference that are given",
             y_title="mean match length beyond them, tokens",
             caption="At the last epoch, of the references that are longer than the most that is given, and up to as "
-            "many tokens for each number of them. Medians over replicates; bands: their range.",
+            "many tokens for each number of them: what differs is the prefix, and where in a reference they stand. "
+            "Medians over replicates; bands: their range.",
             traces=tuple(traces),
         )
 

@@ -25,7 +25,7 @@ Hypothesis: yes.
 from pathlib import Path
 
 from memray.corpora import CorpusSpec, RowsSpec
-from memray.probes import GenerationSpec, ProbesSpec
+from memray.probes import EmbeddingsSpec, GenerationSpec, ProbesSpec
 from memray.spec import ModelSpec, TrainingSpec, TrialSpec
 from memray.sweep import Sweep, replicates, vary
 
@@ -33,7 +33,7 @@ BASE = TrialSpec(
     corpus=CorpusSpec(rows=RowsSpec(path=str(Path(__file__).with_name("rows.jsonl"))), num_samples=120),
     model=ModelSpec(size="tiny-text"),
     training=TrainingSpec(epochs=3, strings_per_step=30, learning_rate=3e-3, keep_weights="probe_epochs"),
-    probes=ProbesSpec(epochs=(0, 1), num_held_out=20, compared_strings=60),
+    probes=ProbesSpec(epochs=(0, 1), num_held_out=20, compared_strings=60, embeddings=EmbeddingsSpec()),
 )
 GENERATES = {"probes.generation": GenerationSpec(num_samples=6, checked_share=0.1)}
 SHARDED = {"compute.engine": "deepspeed", "compute.workers": 2, "compute.zero_stage": 1}
@@ -130,7 +130,7 @@ def test_many_devices_train_a_corpus_as_one_does_and_record_all_of_it(tmp_path: 
     folders = {trial.compute.engine: ledger.trial(trial.trial_id()) for trial in sweep.trials}
     one, many = folders["torch"].measurements()[0], folders["deepspeed"].measurements()[0]
     assert [each["epoch"] for each in many] == [each["epoch"] for each in one] == [0, 1, 3]
-    for key in ("recall/nll_nats", "recall/heldout_nll_nats"):
+    for key in ("recall/nll_nats", "recall/heldout_nll_nats", "collapse/effective_rank"):
         theirs = [each["metrics"][key] for each in one]
         assert [each["metrics"][key] for each in many] == pytest.approx(theirs, rel=1e-3)
     assert one[-1]["metrics"]["recall/nll_nats"] < 0.9 * one[0]["metrics"]["recall/nll_nats"], "it must have trained"
