@@ -14,6 +14,7 @@ from memray.generators import Sample
 from memray.measures.paired import paired_comparison
 from memray.report.charts import Chart, Figure
 from memray.report.drawing import to_script, write_png
+from memray.report.health import signs
 from memray.report.mixes import control, mixes, overlaps
 from memray.report.page import report_page, write_report
 from memray.report.records import RecordsOf
@@ -319,3 +320,24 @@ def test_a_claim_that_something_moves_at_all_is_not_held_to_a_bound_of_zero():
     sweep = grid("similarity", [{"training.frozen_embeddings": each} for each in (True, False)], seeds=5, base=CORPUS)
     frame = planted(sweep, lambda trial: {0: BY_EPOCH, LAST: BY_EPOCH | {"match/skewness": float(trial.string_seed)}})
     assert "off 0" in report_page(sweep, frame, [], None, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name", "sentence"),
+    [
+        ("generation/disagreement", 0.02, "Match lengths", "up to 2.0% of the samples that were generated too"),
+        ("match/heldout_censored", 0.3, "Held-out samples", "up to 30.0% of the held-out samples are recited whole"),
+        ("match/tie_rate", 0.05, "Ties", "up to 5.0% of the predictions of an epoch are ties"),
+    ],
+)
+def test_the_health_of_a_corpus_names_what_is_wrong_and_what_nobody_looked_at(
+    key: str, value: float, name: str, sentence: str
+) -> None:
+    sweep = Sweep([CORPUS])
+    row = {"trial_id": CORPUS.trial_id(), "epoch": 1}
+    fine = {"generation/disagreement": 0.0, "match/heldout_censored": 0.0, "match/tie_rate": 0.0}
+    assert [each.state for each in signs(sweep, pd.DataFrame([row | fine]))] == ["fine"] * 3
+    wrong = {each.name: each for each in signs(sweep, pd.DataFrame([row | fine | {key: value}]))}
+    assert [each.name for each in wrong.values() if each.state == "found"] == [name]
+    assert wrong[name].sentence.startswith(sentence)
+    assert {each.state for each in signs(sweep, pd.DataFrame([row]))} == {"not measured"}

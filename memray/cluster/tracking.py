@@ -307,7 +307,7 @@ class Tracker:
             self.runs["cell", cell_id].info.run_id for cell_id in self.sweep.cells() if ("cell", cell_id) in self.runs
         ]
         if cells:
-            key = "recall/robust"
+            key = "recall/robust" if self.sweep.trials[0].corpus is None else "match/mean"
             query = {"runs": cells[:CELLS_PER_PAGE], "metric": key, "experiments": [self.experiment_id],
                      "plot_metric_keys": [key]}  # fmt: skip
             encoded = urlencode({name: json.dumps(value, separators=(",", ":")) for name, value in query.items()})

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from memray.report import column, has_curriculum
+from memray.report import column, has_corpus, has_curriculum
 from memray.report.table import SIGNIFICANT, Trend, health_warnings, trends
 from memray.sweep import Sweep
 
@@ -52,8 +52,52 @@ LOOKED = (
 )  # fmt: skip
 
 
+class _Bounded(NamedTuple):
+    """A sign that a metric of the samples of a corpus gives above some value, at any epoch of any trial."""
+
+    name: str
+    key: str
+    most: float
+    found: str
+    fine: str
+
+
+LOOKED_OF_CORPUS = (
+    _Bounded(
+        "Match lengths", "generation/disagreement", 0.0,
+        "of the samples that were generated too, match lengths differ from those of generation",
+        "those of the samples that were generated too are what generation gives",
+    ),
+    _Bounded(
+        "Held-out samples", "match/heldout_censored", 0.01,
+        "of the held-out samples are recited whole: duplicates, or references that can be guessed",
+        "at most 1 % of the samples that were never trained are recited whole",
+    ),
+    _Bounded(
+        "Ties", "match/tie_rate", 0.01,
+        "of the predictions of an epoch are ties, which count as wrong",
+        "at most 1 % of the predictions of any epoch are ties",
+    ),
+)  # fmt: skip
+
+
+def _of_corpus(frame: pd.DataFrame) -> list[Sign]:
+    found = []
+    for looked in LOOKED_OF_CORPUS:
+        values = column(frame, looked.key)
+        if np.isnan(values).all():
+            found.append(Sign(looked.name, "not measured", f"no trial has {looked.key}"))
+        elif (most := float(np.nanmax(values))) > looked.most:
+            found.append(Sign(looked.name, "found", f"up to {most:.1%} {looked.found}"))
+        else:
+            found.append(Sign(looked.name, "fine", looked.fine))
+    return found
+
+
 def signs(sweep: Sweep, frame: pd.DataFrame) -> list[Sign]:
     """All signs of failure, in the order in which they are reported."""
+    if has_corpus(sweep):
+        return _of_corpus(frame)
     warnings = health_warnings(sweep, frame)
     whole = [trial.trial_id() for trial in sweep.trials if trial.curriculum is None]
     found = []
