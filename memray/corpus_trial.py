@@ -9,18 +9,16 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int
 from numpy import ndarray
 from torch import nn
 
 from memray.embedding import Embeddings, embed, embedding_columns, encode
-from memray.fact_ranks import object_ranks
-from memray.finetune import Engine, scoring_passes, train_epoch
+from memray.fact_ranks import ObjectScores, object_ranks, score_objects
+from memray.finetune import Engine, share_of_passes, train_epoch
 from memray.generation import Continuations, chosen_samples, generate
 from memray.looks import Keeper, Look, Looker, Prober
 from memray.measurement import Measurement
@@ -38,14 +36,14 @@ class SampleAnswer(NamedTuple):
         continuations: What was generated of some; None where nothing was asked for.
         embeddings: Of the same samples; None where they were not asked for.
         compared: By a sentence encoder, of all samples; None where none was asked.
-        ranks: Of the objects of facts, under each template; empty where none was asked about.
+        objects: How likely the objects of facts are; None where none was asked about.
     """
 
     scores: SampleScores | None
     continuations: Continuations | None = None
     embeddings: Embeddings | None = None
     compared: Embeddings | None = None
-    ranks: Mapping[int, Sequence[int]] = MappingProxyType({})
+    objects: ObjectScores | None = None
 
 
 @dataclass(frozen=True)
@@ -86,27 +84,28 @@ class SampleQuestion:
     def join(self, answers: Sequence[SampleAnswer]) -> SampleAnswer:
         scores = [answer.scores for answer in answers if answer.scores is not None]
         embeddings = [answer.embeddings for answer in answers if answer.embeddings is not None]
+        objects = [answer.objects for answer in answers if answer.objects is not None]
         return SampleAnswer(
             scores=SampleScores.concatenate(scores),
             continuations=answers[0].continuations,
             embeddings=Embeddings.concatenate(embeddings) if embeddings else None,
             compared=answers[0].compared,
-            ranks={index: ranks for answer in answers for index, ranks in answer.ranks.items()},
+            objects=ObjectScores.concatenate(objects) if objects else None,
         )
 
     def answer(self, looker: Looker) -> SampleAnswer:
         spec, samples = looker.spec, looker.material
         assert isinstance(samples, Samples)
-        own = self._own(samples)
+        own = share_of_passes(samples.scored, self.share, self.shares)
         scores = embeddings = compared = continuations = None
         if own is not None:
             scores = SampleScores.of(looker.score(samples.scored.of(own)), samples.order[own])
-        ranks: Mapping[int, Sequence[int]] = {}
-        if self.ranks and self.share == 0:  # by one alone: other passes would move the last bits, and with them a rank
-            ranks = object_ranks(spec, samples, looker.score)
+        objects = None
+        if self.ranks:
+            objects = score_objects(spec, samples, looker.score, share=self.share, shares=self.shares)
         if self.embeds and own is not None:
             with evaluated(looker) as model:
-                embeddings = embed(model, samples, own)
+                embeddings = embed(model, samples, own, with_prefix=self.epoch == 0)
         encoder = spec.probes.embeddings.encoder if spec.probes.embeddings else None
         if self.embeds and encoder and self.epoch == 0 and self.share == 0:
             compared = encode(encoder, samples.known)
@@ -114,16 +113,7 @@ class SampleQuestion:
             assert scores is not None
             with evaluated(looker) as model:
                 continuations = generated(spec, samples, scores, model, self.epoch)
-        return SampleAnswer(scores, continuations, embeddings, compared, ranks)
-
-    def _own(self, samples: Samples) -> Int[ndarray, " rows"] | None:
-        """The rows of its share; None where there are fewer passes than shares."""
-        rows, begin = [], 0
-        for index, one in enumerate(scoring_passes(samples.scored)):
-            if index % self.shares == self.share:
-                rows.append(np.arange(begin, begin + len(one.ids)))
-            begin += len(one.ids)
-        return np.concatenate(rows) if rows else None
+        return SampleAnswer(scores, continuations, embeddings, compared, objects)
 
 
 @contextmanager
@@ -225,8 +215,9 @@ def measure_answer(spec: TrialSpec, samples: Samples, epoch: int, answer: Sample
         compared = (answer.compared or answer.embeddings) if epoch == 0 else None
         beside |= embedding_columns(samples.known, answer.embeddings, compared)
     if spec.probes.facts is not None:
-        ranks = [answer.ranks.get(index) for index in range(len(samples.known))]
-        beside["object_ranks"] = pa.array(ranks, type=pa.list_(pa.int32()))
+        ranks = object_ranks(spec, samples.known, answer.objects) if answer.objects else {}
+        own = [ranks.get(index) for index in range(len(samples.known))]
+        beside["object_ranks"] = pa.array(own, type=pa.list_(pa.int32()))
     table = sample_table(epoch, answer.scores, samples.known, answer.continuations, with_text=is_first, beside=beside)
     return replace(measure_samples(spec, table), corpus={"sha256": samples.digest, **samples.report})
 

@@ -35,30 +35,32 @@ class Embeddings:
 
     Attributes:
         sample: Index of the sample.
-        prefix: Of its prompt, a BOS left out.
-        whole: Of the prompt with its reference.
+        whole: Of the prompt with its reference, a BOS left out.
+        prefix: Of the prompt alone; None where it was not asked for.
     """
 
     sample: Int[ndarray, " samples"]
-    prefix: Float32[ndarray, "samples hidden"]
     whole: Float32[ndarray, "samples hidden"]
+    prefix: Float32[ndarray, "samples hidden"] | None = None
 
     @staticmethod
     def concatenate(parts: "Sequence[Embeddings]") -> "Embeddings":
         """Those of different samples together, in the order of samples."""
         sample = np.concatenate([part.sample for part in parts])
         order = np.argsort(sample, kind="stable")
-        prefix, whole = (np.concatenate([getattr(part, name) for part in parts])[order] for name in ("prefix", "whole"))
-        return Embeddings(sample[order], prefix, whole)
+        prefixes = [part.prefix for part in parts if part.prefix is not None]
+        whole = np.concatenate([part.whole for part in parts])[order]
+        return Embeddings(sample[order], whole, np.concatenate(prefixes)[order] if prefixes else None)
 
     def of(self, chosen: Int[ndarray, " chosen"]) -> "Embeddings":
         """Those of some samples, ascending."""
         is_chosen = np.isin(self.sample, chosen)
-        return Embeddings(self.sample[is_chosen], self.prefix[is_chosen], self.whole[is_chosen])
+        prefix = None if self.prefix is None else self.prefix[is_chosen]
+        return Embeddings(self.sample[is_chosen], self.whole[is_chosen], prefix)
 
 
 @torch.no_grad()
-def embed(model: nn.Module, samples: Samples, rows: Int[ndarray, " rows"]) -> Embeddings:
+def embed(model: nn.Module, samples: Samples, rows: Int[ndarray, " rows"], *, with_prefix: bool = True) -> Embeddings:
     """The embeddings of some rows of the scored batch, by a model in evaluation mode."""
     body, _ = body_and_head(model)
     device = next(body.parameters()).device
@@ -74,7 +76,8 @@ def embed(model: nn.Module, samples: Samples, rows: Int[ndarray, " rows"]) -> Em
             has_bos = len(sample.prompt_ids) > 1 and sample.prompt_ids[0] == samples.tokenizer.bos_token_id
             prefix.append(states[row, int(has_bos) : len(sample.prompt_ids)].mean(0))
             whole.append(states[row, int(has_bos) : len(sample.ids)].mean(0))
-        found.append(Embeddings(own, torch.stack(prefix).cpu().numpy(), torch.stack(whole).cpu().numpy()))
+        prefixes = torch.stack(prefix).cpu().numpy() if with_prefix else None
+        found.append(Embeddings(own, torch.stack(whole).cpu().numpy(), prefixes))
     return Embeddings.concatenate(found)
 
 
@@ -110,7 +113,7 @@ def encode(where: str, known: Sequence[KnownSample]) -> Embeddings:
 
     prefixes = [sample.text.prefix or sample.text.reference for sample in known]
     wholes = [f"{sample.text.prefix} {sample.text.reference}" for sample in known]
-    return Embeddings(np.arange(len(known)), vectors(prefixes), vectors(wholes))
+    return Embeddings(np.arange(len(known)), vectors(wholes), vectors(prefixes))
 
 
 def embedding_columns(
@@ -131,6 +134,7 @@ def embedding_columns(
     alone: dict[str, ndarray] = {name: np.full(len(known), np.nan) for name in NEAREST}
     if compared is not None:
         own = compared.of(natives)
+        assert own.prefix is not None  # before training they are asked for
         together |= similarity(own.prefix, own.whole)
         # Centred, for hidden states of any two texts point almost the same way.
         for name, each in zip(NEAREST, (own.prefix, own.whole), strict=True):

@@ -6,6 +6,7 @@ as do facts that were never told.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 
 import numpy as np
@@ -13,6 +14,7 @@ from jaxtyping import Float64, Int
 from numpy import ndarray
 
 from memray.encoding import Batch
+from memray.finetune import share_of_passes
 from memray.generators import Facts, Sample, fact_table, generator, objects
 from memray.generators.facts import NUM_TEMPLATES, RELATIONS
 from memray.samples import HELD_OUT, NATIVE, KnownSample, Samples, encode_texts
@@ -40,19 +42,50 @@ def asked_samples(spec: TrialSpec, known: Sequence[KnownSample]) -> list[int]:
     ]
 
 
-def object_ranks(spec: TrialSpec, samples: Samples, score: Callable[[Batch], TokenScores]) -> dict[int, list[int]]:
+@dataclass(frozen=True)
+class ObjectScores:
+    """How likely objects are after the words of a template.
+
+    Attributes:
+        text: Which of the texts that are asked about,
+        log_prob: and the sum over the tokens of its object, nats.
+    """
+
+    text: Int[ndarray, " texts"]
+    log_prob: Float64[ndarray, " texts"]
+
+    @staticmethod
+    def concatenate(parts: "Sequence[ObjectScores]") -> "ObjectScores":
+        return ObjectScores(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("text", "log_prob")))
+
+
+def score_objects(
+    spec: TrialSpec, samples: Samples, score: Callable[[Batch], TokenScores], *, share: int = 0, shares: int = 1
+) -> ObjectScores:
+    """Scores every object of a fact's relation under every template; of several shares every so-manieth pass."""
+    batch = encode_texts(spec, samples, _questions(spec, samples.known)[1])
+    order = np.argsort(-batch.attention_mask.sum(1).numpy(), kind="stable")  # full passes
+    batch = batch.of(order)
+    own = share_of_passes(batch, share, shares)
+    if own is None:
+        return ObjectScores(order[:0], np.empty(0))
+    scores = score(batch.of(own))
+    log_prob = np.bincount(scores.string, weights=scores.log_prob.astype(np.float64), minlength=len(own))
+    return ObjectScores(order[own], log_prob)
+
+
+def object_ranks(spec: TrialSpec, known: Sequence[KnownSample], scores: ObjectScores) -> dict[int, list[int]]:
     """The rank of each fact's object under each template, by sample: 1 is the best of all objects of its relation.
 
-    An object is as likely as its reference after the words of the template: the sum over all its tokens. One that is
-    exactly as likely as others stands behind them. Of a held-out fact it is the object of a trained one: objects that
-    occur in training are likely whatever they are asked for, and controls must be the same objects.
+    One that is exactly as likely as others stands behind them. Of a held-out fact it is the object of a trained one:
+    objects that occur in training are likely whatever they are asked for, and controls must be the same objects.
+
+    Args:
+        scores: Of all texts.
     """
-    asked, texts = _questions(spec, samples.known)
-    batch = encode_texts(spec, samples, texts)
-    order = np.argsort(-batch.attention_mask.sum(1).numpy(), kind="stable")  # full passes
-    scores = score(batch.of(order))
-    log_prob = np.empty(len(texts))
-    log_prob[order] = np.bincount(scores.string, weights=scores.log_prob.astype(np.float64), minlength=len(texts))
+    asked = asked_samples(spec, known)
+    log_prob = np.empty(len(scores.text))
+    log_prob[scores.text] = scores.log_prob
     ranks = ranks_of_first(log_prob.reshape(len(asked), NUM_TEMPLATES, -1))
     return dict(zip(asked, ranks.tolist(), strict=True))
 

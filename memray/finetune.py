@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from numpy import ndarray
 from torch import Tensor, nn
 
@@ -123,6 +124,16 @@ def scoring_passes(batch: Batch) -> list[Batch]:
             longest = length
     rows = np.arange(len(batch.ids))
     return [batch.of(own).trimmed() for own in np.split(rows, begins[1:])]
+
+
+def share_of_passes(batch: Batch, share: int, shares: int) -> Int[ndarray, " rows"] | None:
+    """The rows of every so-manieth scoring pass, so that each is scored as if all were; None where there is none."""
+    rows, begin = [], 0
+    for index, one in enumerate(scoring_passes(batch)):
+        if index % shares == share:
+            rows.append(np.arange(begin, begin + len(one.ids)))
+        begin += len(one.ids)
+    return np.concatenate(rows) if rows else None
 
 
 def finetune(

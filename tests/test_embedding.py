@@ -44,6 +44,7 @@ def test_embeddings_are_means_of_the_last_hidden_states_of_each_text_alone(famil
     model = load_model(spec.model, seed=0)
     found = embed(model, samples, every_row(samples))
     assert found.sample.tolist() == list(range(16))
+    assert found.prefix is not None
     skipped = int(family == "llama2")  # its BOS
     for index, sample in enumerate(samples.known):
         for ids, vector in ((sample.prompt_ids, found.prefix), (sample.ids, found.whole)):
@@ -70,6 +71,9 @@ def test_shares_join_to_the_same_embeddings_to_the_last_bit(shares: int, monkeyp
     assert joined is not None
     for name in ("sample", "prefix", "whole"):
         assert getattr(joined, name).tobytes() == getattr(whole, name).tobytes()
+    later = SampleQuestion.of(SPEC, 1).answer(looker).embeddings
+    assert later is not None
+    assert later.prefix is None  # nobody would read it
 
 
 def test_a_trial_says_how_alike_samples_were_before_it_and_how_many_directions_there_are_at_each_probe() -> None:
@@ -77,6 +81,7 @@ def test_a_trial_says_how_alike_samples_were_before_it_and_how_many_directions_t
     samples = prepare_samples(SPEC)
     native = [index for index, sample in enumerate(samples.known) if sample.role != HELD_OUT]
     base = embed(load_model(SPEC.model, seed=0), samples, every_row(samples))
+    assert base.prefix is not None
     prefix, whole = base.prefix[native], base.whole[native]
     first, *later = measurements
     for key, value in (similarity(prefix, whole) | collapse(whole)).items():
@@ -120,6 +125,7 @@ def test_a_sentence_encoder_compares_texts_in_place_of_the_model(tmp_path: Path)
     spec = changed(SPEC, probes__embeddings__encoder=str(tmp_path), training__epochs=1)
     first, _ = run_trial(spec)
     native = found.of(np.arange(12))
+    assert native.prefix is not None
     assert first.metrics["similarity/full"] == pytest.approx(similarity(native.prefix, native.whole)["similarity/full"])
 
 

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from memray.corpus_trial import SampleQuestion
 from memray.encoding import Batch
-from memray.fact_ranks import asked_samples, facts_of, measure_facts, object_ranks, ranks_of_first
+from memray.fact_ranks import asked_samples, facts_of, measure_facts, object_ranks, ranks_of_first, score_objects
 from memray.finetune import scoring_passes
 from memray.generators import fact_table, objects
 from memray.generators.facts import RELATIONS
+from memray.looks import Looker
 from memray.measurement import samples_table
 from memray.models import load_model, load_tokenizer
 from memray.sample_measurement import remeasure_samples
@@ -42,7 +44,7 @@ def test_ranks_are_those_of_the_loss_of_every_object_in_every_template() -> None
     def scored(batch):
         return TokenScores.concatenate([score(model, part, samples.alphabet) for part in scoring_passes(batch)])
 
-    found = object_ranks(SPEC, samples, scored)
+    found = object_ranks(SPEC, samples.known, score_objects(SPEC, samples, scored))
     tokenizer = load_tokenizer(SPEC.model)
     assert [*found] == asked
     table = fact_table(2000, SPEC.string_seed)
@@ -67,6 +69,24 @@ def test_ranks_are_those_of_the_loss_of_every_object_in_every_template() -> None
             assert rank == 1 + sum(loss < losses[fact.object] for loss in losses.values())
 
 
+@pytest.mark.parametrize("shares", [2, 3, 90])
+def test_shares_of_a_look_join_to_the_same_scores_to_the_last_bit(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memray.finetune.TOKENS_PER_SCORING_PASS", 512)  # so that there are many passes
+    samples, model = prepare_samples(SPEC), load_model(SPEC.model, seed=1)
+
+    def scored(batch: Batch) -> TokenScores:
+        return TokenScores.concatenate([score(model, part, samples.alphabet) for part in scoring_passes(batch)])
+
+    whole = score_objects(SPEC, samples, scored)
+    looker = Looker(spec=SPEC, material=samples, score=scored, repeat=None, model=model)
+    question = SampleQuestion.of(SPEC, 2)
+    joined = question.join([share.answer(looker) for share in question.split(shares)]).objects
+    assert joined is not None
+    order, own = np.argsort(whole.text), np.argsort(joined.text)
+    assert whole.log_prob[order].tobytes() == joined.log_prob[own].tobytes()
+    assert joined.text[own].tolist() == list(range(6 * 4 * 32))
+
+
 def test_a_tie_is_no_knowledge() -> None:
     log_prob = np.array([[[-1.0, -1.0, -2.0], [-1.0, -3.0, -2.0], [-5.0, -1.0, -2.0]]])
     assert ranks_of_first(log_prob).tolist() == [[2, 1, 3]]
@@ -80,7 +100,7 @@ def test_a_model_that_knows_only_which_objects_are_frequent_knows_no_fact() -> N
     def by_frequency(batch: Batch) -> TokenScores:
         """Each text as likely as its object is frequent in training."""
         texts = [
-            samples.tokenizer.decode(ids[mask.bool()])
+            str(samples.tokenizer.decode(ids[mask.bool()]))
             for ids, mask in zip(batch.ids, batch.attention_mask, strict=True)
         ]
         frequency = [
@@ -95,7 +115,7 @@ def test_a_model_that_knows_only_which_objects_are_frequent_knows_no_fact() -> N
         )  # fmt: skip
 
     known = {f"{each}.": trained[f"{each}."] for name in RELATIONS for each in objects(name)}
-    ranks = object_ranks(spec, samples, by_frequency)
+    ranks = object_ranks(spec, samples.known, score_objects(spec, samples, by_frequency))
     role = np.array([each.role for each in samples.known])
     place = np.array([each.place for each in samples.known])
     metrics = measure_facts(spec, role, place, ranks)
