@@ -2,17 +2,19 @@
 
 The operations are counted (every matrix product, causal attention at half its square), the memory is summed from what
 a step keeps alive, the seconds follow from a share of the peak rate that training steps of this kind reach and a fixed
-overhead a layer. Tests hold the operations to torch's own counter and the memory to a measured peak. A sliding
-window is counted as none: it is made by a mask, and what a mask hides is computed all the same, so that it saves
-nothing (a window shorter than the string even costs the whole square, of which half is counted).
+overhead a layer. Tests hold the operations to torch's own counter and the memory to a measured peak. Of a corpus each
+sample is taken at its longest: how many tokens it has, a tokenizer alone knows. A sliding window is counted as none: it
+is made by a mask, and what a mask hides is computed all the same, so that it saves nothing (a window shorter than the
+string even costs the whole square, of which half is counted).
 """
 
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -101,32 +103,89 @@ def shape(model: ModelSpec) -> Shape:
     if model.path is not None:
         return _shape_in(Path(model.path), family)
     size = families.size(model.family, model.size)
-    attention = _attention_matrices(size.hidden_size, size.num_heads, size.num_key_value_heads)
-    matrices = _block_matrices(size.num_layers, size.hidden_size, size.intermediate_size, attention, family)
+    matrices = _matrices_of(size, family)
     head = size.vocab_size * size.hidden_size
     return Shape(size.num_layers, size.hidden_size, size.vocab_size, size.num_parameters, matrices + head)
 
 
-def _attention_matrices(hidden_size: int, num_heads: int | None, num_key_value_heads: int | None) -> int:
-    """Parameters of the four matrices of one block's attention; two are narrower where heads share keys and values."""
-    if not num_heads or not num_key_value_heads:
-        return 4 * hidden_size**2
-    return 2 * hidden_size * (hidden_size + hidden_size * num_key_value_heads // num_heads)
-
-
-def _block_matrices(
-    num_layers: int, hidden_size: int, intermediate_size: int, attention: int, family: families.Family
+def _attention_matrices(
+    hidden_size: int, num_heads: int | None, num_key_value_heads: int | None, head_size: int | None = None
 ) -> int:
-    """Parameters of the matrices of all blocks: attention, and two or (gated) three of the feed-forward layer.
+    """Parameters of the four matrices of one block's attention; two are narrower where heads share keys and values."""
+    num_heads = num_heads or 1
+    head_size = head_size or hidden_size // num_heads
+    return 2 * hidden_size * head_size * (num_heads + (num_key_value_heads or num_heads))
 
-    Whether a family is gated is read off the exact parameter count of its largest size, where everything else is small.
+
+def _num_feedforward(family: families.Family) -> int:
+    """Matrices of a feed-forward layer: two, or three where it is gated.
+
+    Read off the exact parameter count of the family's largest size, where everything else is small.
     """
     size = max(family.sizes.values(), key=lambda each: each.num_parameters)
-    embeddings = size.vocab_size * size.hidden_size * (1 if family.ties_embeddings else 2)
+    embeddings = size.vocab_size * size.hidden_size * _num_tables(family)
     block = (size.num_parameters - embeddings) / size.num_layers
     feedforward = block - _attention_matrices(size.hidden_size, size.num_heads, size.num_key_value_heads)
-    num_feedforward = round(feedforward / (size.hidden_size * size.intermediate_size))
-    return num_layers * (attention + num_feedforward * hidden_size * intermediate_size)
+    return round(feedforward / (size.hidden_size * size.intermediate_size))
+
+
+def _num_tables(family: families.Family) -> int:
+    return 1 if family.ties_embeddings else 2
+
+
+def _matrices_of(size: families.Size, family: families.Family) -> int:
+    """Parameters of the matrices of all blocks."""
+    attention = _attention_matrices(size.hidden_size, size.num_heads, size.num_key_value_heads)
+    return size.num_layers * (attention + _num_feedforward(family) * size.hidden_size * size.intermediate_size)
+
+
+class _Vectors(NamedTuple):
+    """What the models of a family have beside matrices and tables of tokens: norms, biases and positions.
+
+    Attributes:
+        in_block: Vectors of the hidden width in each block,
+        feedforward: and of the width of its feed-forward layer.
+        in_model: Of the hidden width beside the blocks. OPT's positions begin with two that no token has.
+        vocabulary: Of the size of the vocabulary: a bias of the head.
+        positions: Tables of positions: none where positions rotate.
+    """
+
+    in_block: int
+    feedforward: int
+    in_model: int
+    vocabulary: int
+    positions: int
+
+
+@cache
+def _vectors(name: str) -> _Vectors:
+    """Read off the exact parameter counts of a family's sizes.
+
+    Two that differ in their vocabulary alone show a bias of the head, and two of different depth how many vectors
+    a block has. Gated layers have no biases.
+    """
+    family = families.family(name)
+    tiny, largest = family.sizes["tiny"], max(family.sizes.values(), key=lambda each: each.num_parameters)
+    text = family.sizes[families.TEXT_SIZE]
+    a_token = (text.num_parameters - tiny.num_parameters) // (text.vocab_size - tiny.vocab_size)
+    vocabulary = a_token - _num_tables(family) * tiny.hidden_size
+    feedforward = 0 if _num_feedforward(family) == 3 else 1
+
+    def beside(size: families.Size) -> int:
+        """Parameters that are no matrices, nor anything of a token."""
+        tokens = size.vocab_size * (_num_tables(family) * size.hidden_size + vocabulary)
+        return size.num_parameters - _matrices_of(size, family) - tokens
+
+    positions = int(beside(tiny) >= tiny.max_positions * tiny.hidden_size)
+
+    def in_all(size: families.Size) -> int:
+        """Vectors of the hidden width."""
+        wide = size.num_layers * feedforward * size.intermediate_size
+        return (beside(size) - wide) // size.hidden_size - positions * size.max_positions
+
+    in_block = (in_all(largest) - in_all(tiny)) // (largest.num_layers - tiny.num_layers)
+    in_model = in_all(tiny) - in_block * tiny.num_layers
+    return _Vectors(in_block, feedforward, in_model, vocabulary, positions)
 
 
 def _shape_in(path: Path, family: families.Family) -> Shape:
@@ -145,13 +204,26 @@ def _shape_in(path: Path, family: families.Family) -> Shape:
             f"model.family={family.name!r} must be the family of the model in {path}, but its config.json lacks "
             f"{', '.join(missing)} under the names of that family; name the family that it was saved from"
         )
-    hidden_size, table = found["hidden_size"], found["vocab_size"] * found["hidden_size"]
+    layers, hidden_size, vocab_size = found["num_layers"], found["hidden_size"], found["vocab_size"]
     intermediate_size = found.get("intermediate_size") or 4 * hidden_size  # so GPT-2 where its config says nothing
-    attention = _attention_matrices(hidden_size, found.get("num_heads"), found.get("num_key_value_heads"))
-    matrices = _block_matrices(found["num_layers"], hidden_size, intermediate_size, attention, family)
-    is_tied = config.get("tie_word_embeddings", family.ties_embeddings)
-    tables = table * (1 if is_tied else 2) + found["max_positions"] * hidden_size  # where positions rotate, too many
-    return Shape(found["num_layers"], hidden_size, found["vocab_size"], matrices + tables, matrices + table)
+    heads = found.get("num_heads"), found.get("num_key_value_heads"), config.get("head_dim")
+    attention = _attention_matrices(hidden_size, *heads)
+    matrices = layers * (attention + _num_feedforward(family) * hidden_size * intermediate_size)
+    # Of a table's rows: the last of the keys.
+    width = config.get(family.config_keys["hidden_size"][-1]) or hidden_size
+    matrices += 2 * hidden_size * width if width != hidden_size else 0
+    table = vocab_size * width
+    vectors = _vectors(family.name)
+    # A norm behind the last block has nothing to do where each block ends with its own.
+    in_model = vectors.in_model - (0 if config.get("do_layer_norm_before", True) else 2)
+    num_parameters = (
+        matrices
+        + table * (1 if config.get("tie_word_embeddings", family.ties_embeddings) else 2)
+        + layers * (vectors.in_block * hidden_size + vectors.feedforward * intermediate_size)
+        + hidden_size * (in_model + vectors.positions * found["max_positions"])
+        + vectors.vocabulary * vocab_size
+    )
+    return Shape(layers, hidden_size, vocab_size, num_parameters, matrices + table)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,18 @@
 A causal model needs one pass for both, for no state knows of what comes later.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from jaxtyping import Float32, Int
 from numpy import ndarray
 from torch import nn
@@ -81,23 +86,102 @@ def embed(model: nn.Module, samples: Samples, rows: Int[ndarray, " rows"], *, wi
     return Embeddings.concatenate(found)
 
 
-@torch.no_grad()
 def encode(where: str, known: Sequence[KnownSample]) -> Embeddings:
     """The embeddings of samples by a sentence encoder: the mean of its last hidden states.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If it cannot be read, or lacks weights.
     """
     from transformers import AutoModel, AutoTokenizer
 
+    source = str(_folder(where) or where)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        encoder = AutoModel.from_pretrained(where, use_safetensors=True, trust_remote_code=False).eval()
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        loaded: Any = AutoModel.from_pretrained(
+            source, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"probes.embeddings.encoder must be a directory or a repository of the hub with an encoder and its "
-            f"tokenizer, but reading {where!r} failed: {error}; leave it out to compare by the model before training"
-        ) from error
+        raise _refusal(where, f"cannot be read: {error}") from error
+    encoder, report = loaded
+    # A pooler stands behind the hidden states, and many checkpoints go without.
+    if missing := sorted(name for name in report["missing_keys"] if not name.startswith("pooler.")):
+        raise _refusal(where, f"lacks weights, which would be random: {', '.join(missing[:5])}")
+    return _encoded(tokenizer, encoder.eval(), known)
+
+
+def check_encoder(where: str) -> None:
+    """Refuses a sentence encoder that a trial could not load; of its weights only the files are looked for.
+
+    Raises:
+        ValueError: If it is no directory, not downloaded yet, or a part of it is missing.
+    """
+    folder = _folder(where)
+    if found := "is not downloaded yet" if folder is None else _flaw(folder):
+        raise _refusal(where, found)
+
+
+def download_encoder(where: str) -> None:
+    """Fetches a sentence encoder into the hub's cache.
+
+    Raises:
+        ValueError: If the hub cannot be reached, or has no such encoder.
+    """
+    try:
+        snapshot_download(where, allow_patterns=["*.json", "*.model", "*.txt", "*.safetensors"])
+    except (OSError, ValueError) as error:
+        raise _refusal(where, f"cannot be fetched: {' '.join(str(error).split())}") from error
+
+
+def is_on_hub(where: str) -> bool:
+    """Whether a sentence encoder is a repository of the hub: what is no directory, and is named like one."""
+    try:
+        validate_repo_id(where)
+    except HFValidationError:
+        return False
+    return not os.path.isdir(where)
+
+
+def _folder(where: str) -> Path | None:
+    """The directory of an encoder, of the hub that of its cache; None where it is not downloaded."""
+    if not is_on_hub(where):
+        return Path(where)
+    found = try_to_load_from_cache(where, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _refusal(where: str, found: str) -> ValueError:
+    return ValueError(
+        "probes.embeddings.encoder must be a directory or a repository of the hub with an encoder as save_pretrained "
+        f"writes it, and its tokenizer, but {where!r} {found}; mend it, or leave it out to compare by the model before "
+        "training"
+    )
+
+
+def _flaw(folder: Path) -> str | None:
+    """What keeps an encoder from being read."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    if not os.path.isdir(folder):  # of Path, the verb raises where a name is too long
+        return "is no directory"
+    if not folder.is_absolute():
+        return "is no absolute path, and the workers of a cluster have working directories of their own"
+    if not {"model.safetensors", "model.safetensors.index.json"} & {each.name for each in folder.iterdir()}:
+        return "has no model.safetensors (pickled weights are never read)"
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"cannot be read: {' '.join(str(error).split())}"
+    # Without tokenizer files transformers makes an empty tokenizer of the model's type.
+    if not {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}:
+        return "has no tokenizer"
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        return "has a tokenizer without a token to pad with"
+    return None
+
+
+@torch.no_grad()
+def _encoded(tokenizer: Any, encoder: Any, known: Sequence[KnownSample]) -> Embeddings:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 

@@ -22,15 +22,24 @@ def check(sweep: Sweep, *, asks_network: bool = False) -> list[str]:
     """Refuses a sweep with trials that cannot run.
 
     Args:
-        asks_network: Whether data sets of the hub are fetched, to be checked too.
+        asks_network: Whether data sets of the hub are fetched, to be checked too. What else the hub has must be here.
 
     Returns:
-        What could not be checked, because a model is not downloaded yet, and what is left out of a text.
+        What could not be checked, because it is not downloaded yet, and what is left out of a text.
 
     Raises:
         SweepError: Lists every trial that cannot run, and why.
     """
     problems, notes = {}, []
+    encoders, absent = _flawed_encoders(sweep, on_hub=False), _flawed_encoders(sweep, on_hub=True)
+    if asks_network:
+        encoders |= absent
+    else:
+        notes += [
+            f"the sentence encoder {where} is not downloaded yet and will be checked when it is; its branch main may "
+            "hold another one tomorrow, a directory would not"
+            for where in absent
+        ]
     encodings: dict[tuple[Any, ...], str | None] = {}
     for trial in sweep.trials:
         model = trial.model.model_copy(update={"pretrained": False, "lora": None, "dropout": 0.0})
@@ -38,14 +47,13 @@ def check(sweep: Sweep, *, asks_network: bool = False) -> list[str]:
         if trial.strings.kind == "text":
             key = (model, trial.strings, trial.probes)
         if trial.corpus is not None:
-            held_out = trial.probes.num_held_out
-            key = (model, trial.corpus.model_dump_json(), trial.corpus.rows.path, trial.string_seed, held_out)
+            key = (model, trial.corpus.model_dump_json(), trial.corpus.rows.path, trial.string_seed, trial.probes)
         try:
             check_fits(trial)
             _check_files(trial)
             if key not in encodings:
                 encodings[key] = _encoding_problem(trial, model, notes, asks_network=asks_network)
-            if problem := encodings[key]:
+            if problem := encodings[key] or encoders.get(_encoder_of(trial) or ""):
                 raise ValueError(problem)
         except ValueError as error:
             problems[trial.trial_id()] = str(error)
@@ -74,6 +82,28 @@ def _check_files(trial: TrialSpec) -> None:
         )
     if trial.model.pretrained:
         check_weight_files(Path(trial.model.path))
+
+
+def _encoder_of(trial: TrialSpec) -> str | None:
+    """The sentence encoder that a trial compares its samples by."""
+    return trial.probes.embeddings.encoder if trial.probes.embeddings else None
+
+
+def _flawed_encoders(sweep: Sweep, *, on_hub: bool) -> dict[str, str]:
+    """The sentence encoders, of the hub or in directories, that cannot be read here as they are, and why."""
+    named = sorted({found for trial in sweep.trials if (found := _encoder_of(trial))})
+    if not named:
+        return {}
+    from memray.embedding import check_encoder, is_on_hub
+
+    flaws = {}
+    for where in named:
+        if is_on_hub(where) == on_hub:
+            try:
+                check_encoder(where)
+            except ValueError as error:
+                flaws[where] = str(error)
+    return flaws
 
 
 def _hub_data(trial: TrialSpec) -> list[str]:
@@ -114,6 +144,7 @@ def _encoding_problem(trial: TrialSpec, model: ModelSpec, notes: list[str], *, a
     from memray.fact_ranks import check_facts
     from memray.material import prepare
     from memray.models import is_at_hand
+    from memray.sample_measurement import check_prefix_lengths
     from memray.samples import prepare_samples
 
     if not is_at_hand(model):
@@ -130,6 +161,7 @@ def _encoding_problem(trial: TrialSpec, model: ModelSpec, notes: list[str], *, a
         if trial.corpus is not None:
             samples = prepare_samples(trial)
             check_facts(trial, samples)
+            check_prefix_lengths(trial, samples.known)
             notes += _left_out(trial, samples.report)
             return None
         source = prepare(trial).source
@@ -144,10 +176,11 @@ def _encoding_problem(trial: TrialSpec, model: ModelSpec, notes: list[str], *, a
 
 
 def download(sweep: Sweep) -> list[str]:
-    """Fetches what the hub has of the sweep's models and rows, once, and checks what could not be checked before.
+    """Fetches what the hub has of the sweep's models, sentence encoders and rows, once, and checks what could not be
+    checked before.
 
     Returns:
-        The models that were fetched, and the data sets.
+        The models and encoders that were fetched, and the data sets.
 
     Raises:
         SweepError: As :func:`check` does.
@@ -156,17 +189,21 @@ def download(sweep: Sweep) -> list[str]:
     public = [trial.model for trial in sweep.trials if _is_public(trial.model)]
     models = {model.model_dump_json(): model for model in public}.values()
     data = sorted({name for trial in sweep.trials for name in _hub_data(trial)})
-    if not models and not data:
+    encoders = [*_flawed_encoders(sweep, on_hub=True)]
+    if not models and not data and not encoders:
         return []
+    from memray.embedding import download_encoder
     from memray.models import download as fetch
     from memray.models import is_at_hand
 
     absent = [model for model in models if not is_at_hand(model)]
     for model in absent:
         fetch(model)
-    if absent or data:
+    for where in encoders:
+        download_encoder(where)
+    if absent or encoders or data:
         check(sweep, asks_network=True)
-    return [f"{model.family} {model.size}" for model in absent] + data
+    return [f"{model.family} {model.size}" for model in absent] + encoders + data
 
 
 def _is_public(model: ModelSpec) -> bool:

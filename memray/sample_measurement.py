@@ -18,7 +18,8 @@ from memray.fact_ranks import measure_facts
 from memray.generation import Continuations, nearness, weights_of
 from memray.measurement import Measurement
 from memray.measures.dependence import dependence
-from memray.measures.match_length import Correctness, extraction_probability, fit_all, within_sample_slope
+from memray.measures.match_curves import fit_all, within_sample_slope
+from memray.measures.match_length import Correctness, extraction_probability
 from memray.measures.skew import (
     LARGEST_SHARE,
     describe,
@@ -102,6 +103,9 @@ def sample_table(
     beside: Mapping[str, pa.Array] = MappingProxyType({}),
 ) -> pa.Table:
     """One row a sample: what is known of it, of each target what the pass said, and what was generated.
+
+    The columns `collapse/…` and `similarity/…` say one thing of all native samples together, the same in each row. They
+    come from hidden states, which no record keeps: `remeasure_samples` reads them here, and computes all else again.
 
     Args:
         with_text: Whether prefix and reference stand there too; else they are null.
@@ -301,6 +305,22 @@ def _by_prefix_length(correctness: Correctness, prefix_lengths: Sequence[int]) -
     return metrics
 
 
+def check_prefix_lengths(spec: TrialSpec, known: Sequence[KnownSample]) -> None:
+    """Refuses a trial of which no reference goes on beyond the most that `_by_prefix_length` gives: it would say
+    nothing.
+
+    Raises:
+        ValueError: If so.
+    """
+    given, compared = spec.probes.prefix_lengths, spec.probes.compared_strings or len(known)
+    longest = max(len(sample.reference_ids) for sample in known[:compared] if sample.role == NATIVE)
+    if given and longest <= given[-1]:
+        raise ValueError(
+            f"a reference must go on beyond the most of probes.prefix_lengths, {given[-1]}, but the longest of those "
+            f"that are compared has {longest} tokens; give fewer tokens, or take longer references"
+        )
+
+
 def _dependence(spec: TrialSpec, correctness: Correctness, epoch: int) -> dict[str, float]:
     """Whether right tokens go together, beyond what samples and positions explain.
 
@@ -323,6 +343,6 @@ def _dependence(spec: TrialSpec, correctness: Correctness, epoch: int) -> dict[s
 
 
 def remeasure_samples(spec: TrialSpec, table: pa.Table) -> list[Measurement]:
-    """Every measure of a trial, computed again from its records."""
+    """Every measure of a trial, computed again from its records; what embeddings said is read (see `sample_table`)."""
     epochs = table["epoch"].to_numpy()
     return [measure_samples(spec, table.filter(pa.array(epochs == epoch))) for epoch in np.unique(epochs)]

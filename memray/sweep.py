@@ -8,11 +8,13 @@ scheduled. Scheduling is someone else's business.
 import copy
 import inspect
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -92,10 +94,30 @@ class Sweep:
         return other
 
     def varying(self) -> tuple[str, ...]:
-        """The flattened fields in which the trials differ, seeds last."""
+        """The flattened fields in which the trials differ, seeds last.
+
+        What no trial states and some of them do not have (the defaults of a part that others go without) says only what
+        the part's own fields say already, and is left out unless it alone tells trials apart.
+        """
+        return self._varying
+
+    @cached_property
+    def _varying(self) -> tuple[str, ...]:
         params = [trial.params() for trial in self.trials]
-        names = [name for name in params[0] if len({str(each[name]) for each in params}) > 1]
-        return tuple(sorted(names, key=lambda name: name.endswith("_seed")))
+        differing = [name for name in params[0] if len({str(each[name]) for each in params}) > 1]
+        seeds = [name for name in differing if name.endswith("_seed")]
+        implied = {
+            name
+            for name in differing
+            if any(each[name] == "none" for each in params) and not any(states(trial, name) for trial in self.trials)
+        }
+        shown = [name for name in differing if name not in implied and name not in seeds]
+        num_told = len({tuple(each[name] for name in shown) for each in params})
+        for name in sorted(implied):
+            number = len({tuple(each[other] for other in (*shown, name)) for each in params})
+            if number > num_told:
+                shown, num_told = [*shown, name], number
+        return (*sorted(shown), *seeds)
 
     def cells(self) -> dict[str, tuple[TrialSpec, ...]]:
         """The trials by cell: those that differ in seeds alone are replicates."""
@@ -121,6 +143,16 @@ class Sweep:
                 f"{trial_id!r}; `plan` lists the ids"
             )
         return found[0]
+
+
+def states(trial: TrialSpec, name: str) -> bool:
+    """Whether a trial states a flattened field outright, and does not leave it to a default or to what fills it in."""
+    part: Any = trial
+    for each in name.split("."):
+        if part is None or each not in part.model_fields_set:
+            return False
+        part = getattr(part, each)
+    return True
 
 
 def _check_same_look(one: TrialSpec, other: TrialSpec) -> None:
@@ -180,7 +212,7 @@ def explain(error: ValidationError) -> str:
     return "; ".join(sentences)
 
 
-def load(path: str | Path, **parameters: Any) -> Sweep:
+def load(path: str | Path, /, **parameters: Any) -> Sweep:
     """The sweep of a study file; parameters go to the file's `sweep(...)`, parsed by their annotations.
 
     Raises:
@@ -225,8 +257,9 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _module(path: Path) -> ModuleType:
-    if not path.is_file() or path.suffix != ".py":
-        near = ", ".join(sorted(str(each) for each in path.parent.glob("*.py"))) or "none"
+    if not os.path.isfile(path) or path.suffix != ".py":  # of Path, the verb raises where a name is too long
+        beside = path.parent.glob("*.py") if os.path.isdir(path.parent) else ()
+        near = ", ".join(sorted(map(str, beside))) or "none"
         raise SweepError(f"a sweep is a Python file, but {path} is none; files beside it: {near}")
     module = ModuleType(f"memray_study_{path.stem}")
     module.__file__ = str(path)
@@ -270,6 +303,6 @@ def _parse_value(adapter: TypeAdapter, value: Any) -> Any:
         for read in (json.loads, lambda text: text.split(",")) if isinstance(value, str) else ():
             try:
                 return adapter.validate_python(read(value))
-            except ValueError:  # of which JSON's and pydantic's errors are kinds
+            except (ValueError, RecursionError):  # of the first, JSON's and pydantic's errors are kinds
                 continue
         raise

@@ -19,13 +19,14 @@ from memray.generators import Sample
 from memray.measures.paired import paired_comparison
 from memray.measures.statistics import holm
 from memray.report import SPEED
-from memray.report.claims import CLAIMS, Claim, Finding, Judgement, claims_of, judge
+from memray.report.claims import CLAIMS, Claim
 from memray.report.effects import UNBOUNDED, Mean, Shift
 from memray.report.estimands import over_num_strings
 from memray.report.mixes import mixes, overlaps
 from memray.report.records import RecordsOf
 from memray.report.replicates import extractable_beyond_robust, plateau, seen_cells
 from memray.report.sample_estimands import growth_while_flat, skew_with_collapse, where_whole
+from memray.report.verdicts import Finding, Judgement, claims_of, judge
 from memray.sample_measurement import SampleScores, sample_table
 from memray.samples import FOREIGN, NATIVE, KnownSample
 from memray.spec import LoraSpec, ModelSpec, StringsSpec, TrainingSpec, TrialSpec

@@ -280,3 +280,101 @@ def test_what_a_directory_cannot_do_dies_in_plan(fields: str, sentence: str, tmp
     done = run("plan", study(tmp_path, HEAD + f"def sweep(*, scale='tiny', seeds=1):\n    return Sweep([{spec}])\n"))
     assert done.exit_code == 2
     assert sentence in done.stderr
+
+
+# Corpora.
+
+QUESTIONS = "corpus=CorpusSpec(rows=RowsSpec(generator='questions'), num_samples=8), model=ModelSpec(size='tiny-text')"
+
+
+def corpus_study(folder: Path, probes: str) -> str:
+    head = HEAD + "from memray.corpora import CorpusSpec, RowsSpec\nfrom memray.probes import EmbeddingsSpec\n\n"
+    spec = f"TrialSpec({QUESTIONS}, training=TrainingSpec(epochs=1), probes=ProbesSpec(epochs=(0,), {probes}))"
+    trials = f"{spec}, vary({spec}, {{'string_seed': 1}})"
+    return study(folder, head + f"def sweep(*, scale='tiny', seeds=1):\n    return Sweep([{trials}])\n")
+
+
+@pytest.mark.parametrize(
+    ("probes", "sentence"),
+    [
+        ("embeddings=EmbeddingsSpec(encoder='/nowhere/at/all')", "'/nowhere/at/all' is no directory; mend it"),
+        (
+            "prefix_lengths=(0, 64)",
+            "a reference must go on beyond the most of probes.prefix_lengths, 64, but the longest",
+        ),
+    ],
+)
+def test_what_would_say_nothing_of_any_sample_dies_in_plan(probes: str, sentence: str, tmp_path: Path) -> None:
+    done = run("plan", corpus_study(tmp_path, probes), "--storage", str(tmp_path / "runs"))
+    assert done.exit_code == 2, done.output
+    assert "2 of 2 trials of study cannot run" in done.stderr
+    assert done.stderr.count(sentence) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_prefix_lengths_that_leave_a_token_of_one_reference_are_planned_and_said_of_each_probe(tmp_path: Path) -> None:
+    from memray.samples import NATIVE, prepare_samples
+    from memray.sweep import load
+
+    known = [prepare_samples(trial).known for trial in load(corpus_study(tmp_path, "")).trials]
+    lengths = [max(len(each.reference_ids) for each in samples if each.role == NATIVE) for samples in known]
+    shortest = min(lengths)
+    done = run("plan", corpus_study(tmp_path, f"prefix_lengths=(0, {shortest - 1})"), "--storage", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    done = run("plan", corpus_study(tmp_path, f"prefix_lengths=(0, {max(lengths)})"), "--storage", str(tmp_path))
+    assert done.exit_code == 2
+    # Trials of one corpus that are looked at in two ways are checked apart.
+    text = Path(corpus_study(tmp_path, "prefix_lengths=(0,)")).read_text()
+    text = text.replace("'string_seed': 1", f"'order_seed': 1, 'probes.prefix_lengths': (0, {max(lengths)})")
+    done = run("plan", study(tmp_path, text), "--storage", str(tmp_path))
+    assert "1 of 2 trials of study cannot run" in done.stderr
+
+
+def test_a_plan_says_that_samples_are_taken_at_their_longest(tmp_path: Path) -> None:
+    done = run("plan", corpus_study(tmp_path, ""), "--storage", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    said = (
+        "Costs are those of samples of corpus.max_tokens each, the longest that there can be; shorter ones take less."
+    )
+    assert said in " ".join(done.stdout.split())
+    of_strings = run("plan", "sweeps/demo.py", "-p", "seeds=1", "--storage", str(tmp_path))
+    assert "corpus.max_tokens" not in of_strings.stdout
+
+
+def test_an_encoder_of_the_hub_is_fetched_once_and_then_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No network here: what stands for the hub puts into its cache what a download would."""
+    from huggingface_hub import constants
+
+    from memray.preflight import download
+    from memray.sweep import SweepError, load
+    from memray.trial import run_trial
+
+    from .test_embedding import save_encoder
+
+    cache, fetched = tmp_path / "hub" / "models--owner--name", []
+
+    def fetch(where: str, **options: object) -> None:
+        fetched.append(where)
+        (cache / "refs").mkdir(parents=True, exist_ok=True)
+        (cache / "refs" / "main").write_text("0" * 40)
+        save_encoder(cache / "snapshots" / ("0" * 40))
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    path = corpus_study(tmp_path, "embeddings=EmbeddingsSpec(encoder='owner/name')")
+    planned = run("plan", path, "--storage", str(tmp_path))
+    assert planned.exit_code == 0, planned.output
+    assert planned.stderr.count("the sentence encoder owner/name is not downloaded yet") == 1
+    sweep = load(path)
+    with pytest.raises(ValueError, match=r"but 'owner/name' cannot be fetched: .*; mend it, or leave it out"):
+        download(sweep)
+    monkeypatch.setattr("memray.embedding.snapshot_download", fetch)
+    assert [download(sweep), download(sweep), fetched] == [["owner/name"], [], ["owner/name"]]
+    assert "encoder" not in run("plan", path, "--storage", str(tmp_path)).stderr
+    assert "similarity/full" in next(iter(run_trial(sweep.trials[0]))).metrics
+    (cache / "snapshots" / ("0" * 40) / "model.safetensors").unlink()
+    monkeypatch.setattr("memray.embedding.snapshot_download", lambda where, **options: None)
+    with pytest.raises(SweepError, match=r"2 of 2 trials .*\n.*'owner/name' has no model.safetensors"):
+        download(sweep)

@@ -166,8 +166,33 @@ def test_a_directory_has_the_shape_of_the_model_in_it(name: str, tmp_path: Path)
     found = shape(tiny(name, path=saved(tmp_path, name)))
     assert (found.num_layers, found.hidden_size, found.vocab_size) == (4, 128, 187)
     assert found.matrix_parameters == tabled.matrix_parameters
-    # A table of positions is counted where a family rotates, too: 2048 x 128 of a model of 0.8 million.
-    assert tabled.num_parameters * 0.99 < found.num_parameters < tabled.num_parameters + 2048 * 128
+    assert found.num_parameters == tabled.num_parameters
+
+
+@each_family
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_the_parameters_in_a_directory_are_those_of_the_loaded_model(name: str, is_tied: bool, tmp_path: Path) -> None:
+    odd = {"num_layers": 3, "hidden_size": 96, "intermediate_size": 200, "max_positions": 64}
+    config = {key: value for field, value in odd.items() for key in family(name).config_keys[field]}
+    path = saved(tmp_path, name, tie_word_embeddings=is_tied, **config)
+    model = load_model(tiny(name, path=path, pretrained=True), seed=0)
+    assert shape(tiny(name, path=path)).num_parameters == sum(each.numel() for each in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("opt", {"word_embed_proj_dim": 64, "do_layer_norm_before": False}),
+        ("mistral", {"head_dim": 48}),
+        ("llama3", {"num_key_value_heads": 1}),
+    ],
+)
+def test_parameters_are_counted_whatever_else_the_config_says(
+    name: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    path = saved(tmp_path, name, **config)
+    model = load_model(tiny(name, path=path), seed=0)
+    assert shape(tiny(name, path=path)).num_parameters == sum(each.numel() for each in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["llama2", "llama3", "mistral"])
@@ -195,11 +220,11 @@ def test_matrices_of_a_size_are_those_of_the_model(name: str) -> None:
 def test_the_width_of_a_model_is_that_of_its_blocks_not_of_its_embeddings(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({
         "num_hidden_layers": 24, "hidden_size": 1024, "word_embed_proj_dim": 512, "num_attention_heads": 16,
-        "ffn_dim": 4096, "vocab_size": 50272, "max_position_embeddings": 2048,
+        "ffn_dim": 4096, "vocab_size": 50272, "max_position_embeddings": 2048, "do_layer_norm_before": False,
     }))  # fmt: skip
     found = shape(ModelSpec(family="opt", path=str(tmp_path)))
     assert found.hidden_size == 1024
-    assert found.num_parameters == pytest.approx(family("opt").sizes["350m"].num_parameters, rel=0.1)
+    assert found.num_parameters == family("opt").sizes["350m"].num_parameters
 
 
 @pytest.mark.parametrize("written", [None, "{", "[1]", '"words"'])

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 from memray.corpus_trial import SampleQuestion
-from memray.embedding import NEAREST, TOGETHER, embed, encode
-from memray.finetune import scoring_passes
+from memray.embedding import NEAREST, TOGETHER, check_encoder, embed, encode, is_on_hub
+from memray.finetune import lower_weights, scoring_passes
 from memray.looks import Looker
 from memray.measurement import samples_table
 from memray.measures.similarity import collapse, nearest_neighbour, similarity
@@ -51,6 +52,51 @@ def test_embeddings_are_means_of_the_last_hidden_states_of_each_text_alone(famil
             with torch.no_grad():
                 states = model(torch.from_numpy(ids)[None], output_hidden_states=True).hidden_states[-1][0]
             np.testing.assert_allclose(vector[index], states[skipped:].mean(0).numpy(), atol=2e-5)
+
+
+def test_embeddings_see_the_adapters_as_weights_that_they_are_added_to() -> None:
+    spec = changed(SPEC, model__lora={"rank": 4, "alpha": 8.0})
+    samples, adapted = prepare_samples(spec), load_model(spec.model, seed=0)
+    plain = load_model(SPEC.model, seed=0)
+    weights = dict(plain.named_parameters())
+    torch.manual_seed(0)
+    num_adapted = 0
+    with torch.no_grad():
+        for name, layer in adapted.named_modules():
+            if hasattr(layer, "lora_B"):
+                up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight  # type: ignore[union-attr]
+                up.normal_(std=0.1)  # zero before training, so that nothing would be seen
+                weights[f"{name}.weight"] += 8.0 / 4 * up @ down
+                num_adapted += 1
+    assert num_adapted == 4
+    found = embed(adapted, samples, every_row(samples))
+    for index, sample in enumerate(samples.known):
+        with torch.no_grad():
+            states = plain(torch.from_numpy(sample.ids)[None], output_hidden_states=True).hidden_states[-1][0]
+        np.testing.assert_allclose(found.whole[index], states.mean(0).numpy(), atol=2e-5)
+    unadapted = embed(load_model(spec.model, seed=0), samples, every_row(samples))
+    assert np.abs(unadapted.whole - found.whole).max() > 0.01
+
+
+def test_embeddings_of_a_model_at_bf16_are_means_at_fp32_of_its_hidden_states() -> None:
+    samples, model = prepare_samples(SPEC), load_model(SPEC.model, seed=0)
+    lower_weights(model)
+    theirs = load_model(SPEC.model, seed=0, dtype=torch.bfloat16)
+    found = embed(model, samples, every_row(samples))
+
+    def hidden(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            states = theirs(ids, output_hidden_states=True).hidden_states[-1]
+        assert states.dtype == torch.bfloat16
+        return states.float()
+
+    together = hidden(samples.scored.ids)
+    for row, index in enumerate(samples.order):
+        ids = samples.known[index].ids
+        np.testing.assert_allclose(found.whole[index], together[row, : len(ids)].mean(0).numpy(), atol=1e-6)
+        # Alone, its states are rounded otherwise: by 2^-8 of their size, which is about 1.
+        alone = hidden(torch.from_numpy(ids)[None])[0].mean(0).numpy()
+        np.testing.assert_allclose(found.whole[index], alone, atol=2**-8)
 
 
 @pytest.mark.parametrize("shares", [2, 3, 40])
@@ -106,14 +152,23 @@ def test_nothing_is_said_of_embeddings_where_nobody_asked() -> None:
     assert not {*TOGETHER, *NEAREST} & {*last.samples.column_names}
 
 
-def test_a_sentence_encoder_compares_texts_in_place_of_the_model(tmp_path: Path) -> None:
+# Sentence encoders.
+
+
+def save_encoder(folder: Path) -> BertModel:
+    """A random encoder with its tokenizer, as save_pretrained writes them."""
     config = BertConfig(vocab_size=2048, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                         intermediate_size=16, max_position_embeddings=128)  # fmt: skip
     torch.manual_seed(0)
     encoder = BertModel(config).eval()
-    encoder.save_pretrained(tmp_path)
-    tokenizer = text_tokenizer()
-    tokenizer.save_pretrained(tmp_path)
+    encoder.save_pretrained(folder)
+    text_tokenizer().save_pretrained(folder)
+    return encoder
+
+
+def test_a_sentence_encoder_compares_texts_in_place_of_the_model(tmp_path: Path) -> None:
+    encoder, tokenizer = save_encoder(tmp_path), text_tokenizer()
+    check_encoder(str(tmp_path))
     samples = prepare_samples(SPEC)
     found = encode(str(tmp_path), samples.known)
     for index, sample in enumerate(samples.known):
@@ -132,3 +187,51 @@ def test_a_sentence_encoder_compares_texts_in_place_of_the_model(tmp_path: Path)
 def test_an_encoder_that_is_not_there_is_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"probes.embeddings.encoder must be a directory"):
         encode(str(tmp_path / "none"), prepare_samples(SPEC).known)
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ("*", "has no model.safetensors"),
+        ("model.safetensors", "has no model.safetensors"),
+        ("config.json", r"cannot be read: .*config.json"),
+        ("tokenizer*", "has no tokenizer"),
+    ],
+)
+def test_an_encoder_of_which_a_part_is_missing_is_refused_before_it_is_loaded(
+    missing: str, sentence: str, tmp_path: Path
+) -> None:
+    save_encoder(tmp_path)
+    for path in tmp_path.glob(missing):
+        path.unlink()
+    with pytest.raises(ValueError, match=rf"probes.embeddings.encoder must be a directory .* {sentence}"):
+        check_encoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("where", ["{}/none", "./none", "{}/" + "long" * 99, "a/b/c"])
+def test_a_path_that_is_no_directory_is_no_encoder_of_the_hub(where: str, tmp_path: Path) -> None:
+    where = where.format(tmp_path)
+    assert not is_on_hub(where)
+    with pytest.raises(ValueError, match=r"'.*' is no directory; mend it"):
+        check_encoder(where)
+
+
+def test_a_directory_is_named_as_every_worker_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_encoder(tmp_path / "encoder")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"'encoder' is no absolute path, and the workers"):
+        check_encoder("encoder")
+
+
+def test_an_encoder_without_some_of_its_weights_is_refused_and_not_filled_with_random_ones(tmp_path: Path) -> None:
+    save_encoder(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    without_pooler = {name: weight for name, weight in weights.items() if not name.startswith("pooler")}
+    assert len(without_pooler) < len(weights)
+    save_file(without_pooler, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    known = prepare_samples(SPEC).known
+    encode(str(tmp_path), known)
+    del without_pooler["embeddings.word_embeddings.weight"]
+    save_file(without_pooler, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks weights, which would be random: embeddings.word_embeddings.weight"):
+        encode(str(tmp_path), known)

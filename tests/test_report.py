@@ -13,13 +13,17 @@ from matplotlib.lines import Line2D
 from numpy import ndarray
 from rich.console import Console
 
+from memray.corpora import CorpusSpec, RowsSpec
+from memray.curriculum import CurriculumSpec
 from memray.measures.statistics import holm
 from memray.report import SPEED, cells_of, factors, interval_text
 from memray.report.figure import curves, lines_of, panel_factor, sweep_figure, write_sweep_figure
+from memray.report.page import report_page
 from memray.report.placement_figure import differences, placement_figure, write_placement_figures
 from memray.report.placements import cost_text, placement_groups, placement_table, varies_placement
+from memray.report.study_figures import study_figures
 from memray.report.table import Trend, cell_table, epochs_below_guessing, health_warnings, result_table, trends
-from memray.spec import ModelSpec, StringsSpec, TrainingSpec, TrialSpec
+from memray.spec import LoraSpec, ModelSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.sweep import Sweep, replicates, vary
 
 BASE = TrialSpec(strings=StringsSpec(length=64), training=TrainingSpec(epochs=40))
@@ -162,6 +166,26 @@ def test_a_sweep_without_any_robust_measure_shows_no_trend_and_no_number():
     assert trends(sweep, frame) == []
     (first, _) = cells_of(sweep, frame).values()
     assert str(first.centre(SPEED)) == str(first.centre("recall/robust")) == "–"
+
+
+def test_a_part_that_some_trials_lack_is_shown_by_what_they_state_of_it():
+    base = TrialSpec(
+        corpus=CorpusSpec(rows=RowsSpec(generator="questions"), num_samples=12), model=ModelSpec(size="tiny-text")
+    )
+    foreign = {"corpus.foreign": RowsSpec(generator="facts"), "corpus.num_foreign": 4}
+    sweep = grid([{"corpus.num_samples": 16}, foreign], base=base)
+    told = ["corpus.foreign.generator", "corpus.num_foreign", "corpus.num_samples"]
+    assert list(sweep.varying()) == [*told, "model_seed", "string_seed"]
+    frame = planted(sweep, lambda trial: 20.0)
+    assert list(cell_table(sweep, frame).columns[:4]) == [*told, "replicates"]
+    assert "split" not in printed(sweep, frame)
+
+
+def test_a_part_of_defaults_that_some_trials_lack_still_tells_them_apart():
+    base = TrialSpec(strings=StringsSpec(num_strings=4))
+    sweep = grid([{}, {"curriculum": CurriculumSpec()}, {"model.lora": LoraSpec()}], base=base, seeds=1)
+    rows = {tuple(trial.params()[name] for name in sweep.varying()) for trial in sweep.trials}
+    assert len(rows) == 3
 
 
 def test_a_single_trial_is_a_table_without_intervals_and_without_trends():
@@ -354,8 +378,22 @@ def test_one_standard_error_below_guessing_is_chance():
 
 @pytest.mark.parametrize(("counts", "words"), [([1], ""), ([], ""), ([3, 1], "for 3 covers"), ([6], "at least 95 %")])
 def test_the_interval_is_named_for_what_it_covers(counts: list[int], words: str):
-    assert words in interval_text(counts)
-    assert bool(words) == bool(interval_text(counts))
+    text = interval_text([[TrialSpec(string_seed=seed) for seed in range(count)] for count in counts])
+    assert words in text
+    assert bool(words) == bool(text)
+    assert "claims" not in text
+
+
+def test_trials_that_share_what_they_are_trained_on_are_said_to_be_no_independent_replicates():
+    trainings = [{"string_seed": seed, "order_seed": order} for seed in range(2) for order in range(3)]
+    sweep = Sweep([vary(BASE, cell | seeds) for cell in ({}, {"strings.alphabet_size": 2}) for seeds in trainings])
+    frame = planted(sweep, lambda trial: 20.0)
+    told = "each trial is a replicate, but 6 share 2 string seeds, and claims count those of one seed as one"
+    assert told in " ".join(printed(sweep, frame, width=1000).split())
+    assert told in report_page(sweep, frame, [], None, {})
+    captions = [each.caption for each in study_figures(sweep, frame) if "bands" in each.caption]
+    assert captions
+    assert all(told in caption for caption in captions)
 
 
 # --- the figure --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from memray.report import SPEED, of_last_stage, stage_ends
-from memray.report.claims import CLAIMS, judge
+from memray.report.claims import CLAIMS
 from memray.report.estimands import Evidence
 from memray.report.replicates import seen_cells
 from memray.report.sequence_estimands import (
@@ -18,6 +18,7 @@ from memray.report.sequence_estimands import (
     retention_curves,
     savings_on_relearning,
 )
+from memray.report.verdicts import judge
 from memray.spec import TrialSpec
 from memray.sweep import Sweep
 from tests.test_claims import LAST, REVISITS, SEQUENCES, TRANSFER, Cells, Rows, grid, planted, staged

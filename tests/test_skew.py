@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy import ndarray
 from scipy import stats
 
-from memray.measures.match_length import MatchFit, fit
+from memray.measures.match_curves import MatchFit, fit
 from memray.measures.skew import (
     LARGEST_SHARE,
     MIN_SAMPLES,

@@ -22,7 +22,8 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy.special import gammaln
 
-from memray.measures.match_length import MatchFit, fit, require_matches
+from memray.measures.match_curves import MatchFit, fit
+from memray.measures.match_length import require_matches
 from memray.measures.statistics import Interval
 
 # Samples from which on an interval is given. A quantile needs 20 above it. In simulation (geometric matches and

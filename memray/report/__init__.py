@@ -25,7 +25,7 @@ from numpy import ndarray
 from memray.measures.phases import DURATIONS
 from memray.measures.statistics import censored_median, median_interval
 from memray.spec import TrialSpec
-from memray.sweep import Sweep
+from memray.sweep import Sweep, states
 
 SPEED = "phase/epochs_to_robust_50"
 SEEDS = ("string_seed", "model_seed", "order_seed")
@@ -47,6 +47,11 @@ class Cell:
 
     trials: tuple[TrialSpec, ...]
     last: pd.DataFrame
+
+    @property
+    def present(self) -> tuple[TrialSpec, ...]:
+        """The trials that have results."""
+        return tuple(trial for trial in self.trials if trial.trial_id() in self.last.index)
 
     @property
     def spec(self) -> TrialSpec:
@@ -186,7 +191,7 @@ def factors(sweep: Sweep) -> tuple[str, ...]:
     """
     values = [spec_values(trial) for trial in sweep.trials]
     differing = [name for name in values[0] if len({each[name] for each in values}) > 1]
-    moved = [name for name in differing if any(_is_set(trial, name) for trial in sweep.trials)]
+    moved = [name for name in differing if any(states(trial, name) for trial in sweep.trials)]
     if PER_STAGE in differing and not any(name.startswith("curriculum.") for name in moved):
         moved.append(PER_STAGE)
     return tuple(moved)
@@ -222,25 +227,30 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
-def interval_text(counts: Sequence[int]) -> str:
-    """What the interval of a median is, for so many replicates a cell; empty where no cell has two."""
-    counts = [count for count in counts if count > 1]
-    if not counts:
+def interval_text(cells: Sequence[Sequence[TrialSpec]]) -> str:
+    """What the interval of a median over the trials of each cell is; empty where no cell has two.
+
+    Trials of one string seed are trained on the same, and are no independent replicates: claims count them as one.
+    """
+    cells = [trials for trials in cells if len(trials) > 1]
+    if not cells:
         return ""
-    if min(counts) >= 6:
-        return "interval of the median, at least 95 % by order statistics"
+    fewest = min(map(len, cells))
     # Order statistics of fewer than six replicates cannot cover the median with 95 %.
-    coverage = 1 - 2 ** (1 - min(counts))
-    return f"range of the replicates, which for {min(counts)} covers the true median with probability {coverage:.2g}"
-
-
-def _is_set(trial: TrialSpec, name: str) -> bool:
-    part: Any = trial
-    for each in name.split("."):
-        if part is None or each not in part.model_fields_set:
-            return False
-        part = getattr(part, each)
-    return True
+    text = (
+        "interval of the median, at least 95 % by order statistics"
+        if fewest >= 6
+        else f"range of the replicates, which for {fewest} covers the true median with probability "
+        f"{1 - 2 ** (1 - fewest):.2g}"
+    )
+    counts = [(len({trial.string_seed for trial in trials}), len(trials)) for trials in cells]
+    num_seeds, num_trials = min(counts, key=lambda each: each[0] / each[1])
+    if num_seeds < num_trials:
+        text += (
+            f", were trials independent: here each trial is a replicate, but {num_trials} share {num_seeds} string "
+            f"seed{'s' if num_seeds > 1 else ''}, and claims count those of one seed as one"
+        )
+    return text
 
 
 def _decimal(number: float, decimals: int) -> str:

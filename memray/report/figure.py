@@ -275,7 +275,7 @@ def _add_legend(figure: Figure, lines: Sequence[Line], title: str) -> None:
         for line in {line.label: line for line in sorted(lines, key=lambda line: line.rank)}.values():
             handles.append(Line2D([], [], color=line.colour, ls=line.dash, lw=1.9, label=line.label))
         handles.append(Line2D([], [], ls="none", label=" "))
-    interval = interval_text([len(line.trials) for line in lines])
+    interval = interval_text([line.trials for line in lines])
     handles.append(Line2D([], [], color=GREY, lw=1.7, label="median over replicates" if interval else "one replicate"))
     if interval:
         handles.append(Patch(color=GREY, alpha=0.25, lw=0, label=interval.partition(",")[0]))
@@ -298,7 +298,7 @@ def _add_legend(figure: Figure, lines: Sequence[Line], title: str) -> None:
 
 def _caption(sweep: Sweep, lines: Sequence[Line], frame: pd.DataFrame) -> str:
     sentences = []
-    if interval := interval_text([len(line.trials) for line in lines]):
+    if interval := interval_text([line.trials for line in lines]):
         sentences.append(f"Bands: {interval}.")
     sentences.append(
         "G: share of tokens that naming the likeliest symbol gets right. Held-out strings: fresh ones of the same "

@@ -18,7 +18,6 @@ from plotly.offline import get_plotlyjs
 
 from memray.report import OF_LAST_STAGE, SEEDS, SPEED, cells_of, has_corpus, has_curriculum, interval_text, value_text
 from memray.report.charts import Figure
-from memray.report.claims import ENOUGH_REPLICATES, Finding, judge
 from memray.report.drawing import to_script, write_png
 from memray.report.figure import write_sweep_figure
 from memray.report.health import signs
@@ -28,6 +27,7 @@ from memray.report.records import RecordsOf
 from memray.report.sample_figures import most_memorised
 from memray.report.study_figures import study_figures
 from memray.report.table import shown_keys, trends
+from memray.report.verdicts import ENOUGH_REPLICATES, Finding, judge
 from memray.sweep import Sweep
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -199,5 +199,5 @@ def _table(sweep: Sweep, frame: pd.DataFrame) -> dict[str, Any]:
         "names": [_breakable(name) for name in (*names, "replicates", "censored", *shown_keys(sweep))],
         "about": f" {OF_LAST_STAGE.capitalize()}." if has_curriculum(sweep) else "",
         "rows": rows,
-        "interval": interval_text([len(cell.last) for cell in cells]),
+        "interval": interval_text([cell.present for cell in cells]),
     }

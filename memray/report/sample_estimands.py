@@ -7,10 +7,12 @@ of them: the maximum itself has no interval.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
+from numpy import ndarray
 
 from memray.corpora import CorpusSpec, name_of
 from memray.report import column
@@ -207,17 +209,22 @@ def free_against_frozen(cells: Sequence[Seen]) -> list[Evidence]:
         by_frozen = {bool(cell.params[FROZEN]): cell for cell in group}
         if len(by_frozen) == 2:
             pairs.append((by_frozen[False], by_frozen[True]))
-    differences: dict[int, list[float]] = {}
-    for free, frozen in pairs:
-        of_free, of_frozen = (cell.by_string(where_whole(SKEWNESS)) for cell in (free, frozen))
-        for seed in of_free.keys() & of_frozen.keys():
-            differences.setdefault(seed, []).append(of_free[seed] - of_frozen[seed])
-    if not differences:
+    of_pairs = [[cell.by_string(where_whole(SKEWNESS)) for cell in pair] for pair in pairs]
+    differences = [
+        {seed: free[seed] - frozen[seed] for seed in free.keys() & frozen.keys()} for free, frozen in of_pairs
+    ]
+    values = _means_by_seed(differences)
+    if not len(values):
         return []
     ranks = [np.median([cell.median(last(RANK)) for cell in own]) for own in zip(*pairs, strict=True)]
     note = f"effective rank of the embeddings at the end: {ranks[0]:.3g} free, {ranks[1]:.3g} frozen"
-    values = np.array([np.mean(differences[seed]) for seed in sorted(differences)])
     return [Evidence(where="", levels=("effect",), values=(values,), what=over_pairs(len(pairs)), notes=(note,))]
+
+
+def _means_by_seed(arms: Sequence[Mapping[int, float]]) -> Float[ndarray, " replicates"]:
+    """One value a replicate: of each string seed the mean over the arms that have it."""
+    seeds = sorted({seed for arm in arms for seed in arm})
+    return np.array([np.mean([arm[seed] for arm in arms if seed in arm]) for seed in seeds])
 
 
 def over_pairs(number: int) -> str:
@@ -238,11 +245,7 @@ def skew_with_collapse(cells: Sequence[Seen]) -> list[Evidence]:
         left = (1 - with_rank**2) * (1 - with_skewness**2)
         return (both - with_rank * with_skewness) / math.sqrt(left) if left > ROUNDING else math.nan
 
-    by_seed: dict[int, list[float]] = {}
-    for cell in cells:
-        for seed, value in cell.by_string(quantity).items():
-            by_seed.setdefault(seed, []).append(value)
-    values = np.array([np.mean(by_seed[seed]) for seed in sorted(by_seed)])
+    values = _means_by_seed([cell.by_string(quantity) for cell in cells])
     what = over_pairs(len(cells))
     return [Evidence(where="", levels=("effect",), values=(values,), what=what)] if len(values) else []
 

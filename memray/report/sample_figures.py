@@ -19,7 +19,8 @@ import pyarrow as pa
 from jaxtyping import Int
 from numpy import ndarray
 
-from memray.measures.match_length import Correctness, Hazards, fit_all
+from memray.measures.match_curves import fit_all
+from memray.measures.match_length import Correctness, Hazards
 from memray.measures.skew import LARGEST_SHARE, expected_max, miss_probability
 from memray.report.charts import Chart, Style, Trace
 from memray.report.figure import Line, lines_of

@@ -181,7 +181,7 @@ def _by_stage(
     longest = max(float(column(rows, "epoch").max()) for _, each in seen for rows in each)
     bins = _stage_bins(num_stages)
     traces = [trace for line, each in seen for trace in _stage_traces(course, line, each, bins, longest)]
-    interval, is_long = interval_text([len(line.trials) for line in lines]), len(bins) < num_stages
+    interval, is_long = interval_text([line.trials for line in lines]), len(bins) < num_stages
     return Chart(
         name=course.name,
         title=_titled(course.title, panel),
@@ -289,7 +289,7 @@ def _fading(line: Line, matrices: Matrices, *, where: str) -> Chart:
 
 
 def _of_ages(lines: Sequence[Line]) -> str:
-    interval = interval_text([len(line.trials) for line in lines])
+    interval = interval_text([line.trials for line in lines])
     over = f"; medians over replicates, bars: {interval}" if interval else ""
     return (
         f"Points: means over all strings of the trial's own source of that age, whenever they were looked at{over}. "

@@ -192,7 +192,7 @@ def _curves(curve: Curve, panel: str, lines: Sequence[Line], frame: pd.DataFrame
             traces.append(_held_out_trace(line, held_out))
     if curve.zero and ends:
         traces.append(Trace(name="guessing", x=[1 if is_wide else 0, max(ends)], y=[0.0, 0.0], style=Style(dash="dot")))
-    interval = interval_text([len(line.trials) for line in lines])
+    interval = interval_text([line.trials for line in lines])
     return Chart(
         name=curve.name,
         title=curve.title + (f", {panel}" if panel else ""),

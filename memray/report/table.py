@@ -116,7 +116,7 @@ def _table(sweep: Sweep, frame: pd.DataFrame) -> Table:
         row += [f"{number}" if number == planned else f"{number} of {planned}", f"{_num_censored(cell)}"]
         row += [str(cell.centre(key)) for key in shown_keys(sweep)]
         table.add_row(*map(Text, row))
-    interval = interval_text([len(cell.last) for cell in cells])
+    interval = interval_text([cell.present for cell in cells])
     caption = f"Medians over replicates{f' [{interval}]' if interval else ''}; recall is that of the last epoch."
     if any(_num_censored(cell) for cell in cells):
         caption += " Censored: never reached; counted as the latest, and shown as > the last epoch."

@@ -83,7 +83,8 @@ def run_whole(job: Whole, rank: int) -> str:
     from memray.cluster.recorder import Recorder
     from memray.trial import run_trial
 
-    prober = SnapshotProber(job.spec.model_dump_json()) if job.spec.probes.context else None
+    needs_whole = job.spec.probes.context or job.spec.probes.embeddings
+    prober = SnapshotProber(job.spec.model_dump_json()) if needs_whole else None
     recorder = Recorder(job.spec, job.writer, job.checkpoint, is_main=rank == 0)
     kept, keep = [0], recorder.keep
 

@@ -17,6 +17,7 @@ from torch import nn
 from memray.cluster.engine import check_pickle
 from memray.cluster.ledger import Ledger
 from memray.cluster.probing import linear_of
+from memray.corpora import CorpusSpec, RowsSpec
 from memray.curriculum import CurriculumSpec, OtherSpec
 from memray.finetune import TorchEngine, as_tensor, lower_weights
 from memray.looks import look_at_context
@@ -24,7 +25,7 @@ from memray.material import prepare
 from memray.measurement import read_context
 from memray.measures.prefix import ContextScores
 from memray.models import load_model
-from memray.probes import ContextSpec
+from memray.probes import ContextSpec, EmbeddingsSpec, FactsSpec
 from memray.scoring import score
 from memray.spec import ComputeSpec, LoraSpec, ModelSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.trial import run_trial
@@ -151,6 +152,23 @@ RESUMED |= {
     )
     for name in SEQUENCES
 }
+# Samples, with embeddings that stay as they were. Objects of facts are scored by all workers; where vectors of samples
+# are asked for too, the main one looks at the weights put together.
+FACTS = FactsSpec(num_facts=2)
+ASKED = {
+    "facts-1": ProbesSpec(epochs=(0,), num_held_out=4, facts=FACTS),
+    "embeddings-3": ProbesSpec(epochs=(0,), num_held_out=4, facts=FACTS, embeddings=EmbeddingsSpec()),
+}
+RESUMED |= {
+    name: TrialSpec(
+        corpus=CorpusSpec(rows=RowsSpec(generator="facts"), num_samples=8),
+        model=ModelSpec(size="tiny-text"),
+        training=TrainingSpec(epochs=5, strings_per_step=4, learning_rate=3e-3, frozen_embeddings=True),
+        compute=spec_of(int(name[-1])).compute,
+        string_seed=seed,  # or two that are only looked at in different ways would be one trial
+    )
+    for seed, name in enumerate(ASKED)
+}
 # Those whose context is probed too: with shards, with several steps an epoch, with weights that were rounded.
 PROBED = ("fp32-3", "several steps-2", "bf16-0")
 # A look of every kind: a trunk, branches behind one, prompts, windows.
@@ -163,7 +181,9 @@ CONTEXT = ContextSpec(
 def resumable(name: str) -> TrialSpec:
     spec = RESUMED[name]
     probes = ProbesSpec(epochs=(0, 2), num_held_out=2, context=CONTEXT if name in PROBED else None)
-    training = spec.training.model_copy(update={"keep_weights": "probe_epochs" if name in PROBED else "none"})
+    probes = ASKED.get(name, probes)
+    keeps = name in (*PROBED, *ASKED)
+    training = spec.training.model_copy(update={"keep_weights": "probe_epochs" if keeps else "none"})
     compute = spec.compute.model_copy(update={"checkpoint_s": 0.0})
     return spec.model_copy(update={"probes": probes, "training": training, "compute": compute})
 
@@ -213,6 +233,37 @@ def test_a_sequence_goes_as_on_one_device(resumed: dict[str, Any], name: str) ->
     places = ["stage", "stage_epoch", "string", "is_own", "is_held_out", "source", "learned_step"]
     pd.testing.assert_frame_equal(found[places], expected[places])
     np.testing.assert_allclose(found["recall/nll_nats"], expected["recall/nll_nats"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_corpus_goes_as_on_one_device(resumed: dict[str, Any], name: str) -> None:
+    spec = resumed["specs"][name]
+    folder = resumed["left"].trial(spec.trial_id())
+    found = folder.measurements()[0]
+    alone = list(run_trial(spec.model_copy(update={"compute": ComputeSpec()})))
+    assert [each["epoch"] for each in found] == [0, 5]
+    for ours, theirs in zip(found, alone, strict=True):
+        assert ours["metrics"].keys() == theirs.metrics.keys()
+        keys = [key for key in theirs.metrics if key.startswith(("recall/", "collapse/", "similarity/", "facts/"))]
+        told = [ours["metrics"][key] for key in keys]
+        assert told == pytest.approx([theirs.metrics[key] for key in keys], rel=1e-3), keys
+    first, last = found[0]["metrics"], found[-1]["metrics"]
+    assert "facts/rank_unseen" in last
+    assert ("similarity/full" in first) == ("collapse/effective_rank" in last) == (name == "embeddings-3")
+    assert last["recall/nll_nats"] < 0.9 * first["recall/nll_nats"], "it must have trained"
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_embeddings_that_are_frozen_stay_to_the_last_bit_and_all_else_moves(resumed: dict[str, Any], name: str) -> None:
+    spec = resumed["specs"][name]
+    folder = resumed["left"].trial(spec.trial_id())
+    kept = folder.kept_weights()
+    first, last = (folder.read_weights(kept[epoch]) for epoch in (0, 5))
+    model = load_model(spec.model, seed=spec.model_seed)
+    table = model.get_input_embeddings().weight  # type: ignore[operator]
+    assert first.keys() == last.keys() == dict(model.named_parameters()).keys()
+    for parameter, weight in model.named_parameters():
+        assert (first[parameter].tobytes() == last[parameter].tobytes()) == (weight is table), parameter
 
 
 @pytest.mark.parametrize("name", PROBED)
