@@ -32,7 +32,7 @@ test: $(VENV)/.installed  ## under ten minutes on two cores
 test-faults: $(VENV)/.installed  ## kills and outages, under forty minutes
 	$(BIN)/python -m pytest -q -m fault --durations=25
 
-soak: $(VENV)/.installed  ## what takes long: a thousand strings, killed and resumed
+soak: $(VENV)/.installed  ## what takes long: a thousand trials, and a thousand strings, killed and resumed
 	$(BIN)/python -m pytest -q -s -m soak
 
 bench: $(VENV)/.installed  ## ratios, on an otherwise idle machine

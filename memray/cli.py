@@ -5,6 +5,7 @@ spec, 3 the cluster or the storage cannot be reached.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from memray.preflight import check, download
 from memray.sweep import Sweep, load
 
 FAILED, INVALID, UNREACHABLE = 1, 2, 3
+TERMINATED = 143  # as a shell says of a command that SIGTERM ended
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n\n")[0]
@@ -33,6 +35,7 @@ TrackingUri = Annotated[
     str | None, typer.Option(help="MLflow; default MLFLOW_TRACKING_URI, else an SQLite file in the storage")
 ]
 Address = Annotated[str | None, typer.Option(help="A Ray cluster; default RAY_ADDRESS, else this machine")]
+FromMlflow = Annotated[bool, typer.Option("--from-mlflow", help="Read MLflow, where the storage is out of reach")]
 MaxConcurrent = Annotated[int | None, typer.Option(min=1, help="Trials side by side at most")]
 ProbeActors = Annotated[
     int | None,
@@ -46,7 +49,9 @@ def main() -> None:
 
 
 def _leave(code: int, text: str) -> NoReturn:
-    err.print(text, markup=False)
+    from memray.cluster.storage import without_passwords
+
+    err.print(without_passwords(text), markup=False)
     raise typer.Exit(code)
 
 
@@ -63,15 +68,20 @@ def _exit_codes() -> Iterator[None]:
 
 def _load(path: str, parameters: list[str] | None) -> Sweep:
     """The sweep, with every cell and trial that cannot run reported at once."""
-    if wrong := [each for each in parameters or [] if "=" not in each]:
-        _leave(INVALID, f"-p takes name=value, but got {', '.join(wrong)}")
     try:
-        sweep = load(path, **{name: value for name, _, value in (each.partition("=") for each in parameters or [])})
+        sweep = load(path, **_named(parameters, "-p"))
         for note in check(sweep):
             err.print(note, markup=False)
     except ValueError as error:
         _leave(INVALID, str(error))
     return sweep
+
+
+def _named(stated: list[str] | None, option: str) -> dict[str, str]:
+    """Values by name, of an option that takes name=value."""
+    if wrong := [each for each in stated or [] if "=" not in each]:
+        raise ValueError(f"{option} takes name=value, but got {', '.join(wrong)}")
+    return {name: value for name, _, value in (each.partition("=") for each in stated or [])}
 
 
 def _ledger(storage: str, sweep: Sweep) -> Any:
@@ -171,6 +181,7 @@ def _run(
     loaded = _load(sweep, parameters)
     from memray.cluster.launch import launch
     from memray.cluster.mirror import default_tracking_uri
+    from memray.cluster.storage import without_passwords
 
     with _exit_codes():
         ledger = _ledger(storage, loaded)
@@ -193,7 +204,10 @@ def _run(
     _show_results(loaded, storage)
     for trial_id, why in outcome.failed.items():
         err.print(f"trial {trial_id} failed: {why.strip().splitlines()[-1]}", markup=False)
-    say_where(mirror, uri, lag, sweep, parameters, storage)
+    say_where(mirror, lag, sweep, parameters, without_passwords(storage))
+    if outcome.left:
+        err.print(f"asked to leave: {len(outcome.left)} trials are not finished; the same command goes on with them")
+        raise typer.Exit(TERMINATED)
     raise typer.Exit(FAILED if outcome.failed else 0)
 
 
@@ -208,24 +222,42 @@ def submit(
     tracking_uri: TrackingUri = None,
     max_concurrent: MaxConcurrent = None,
     probe_actors: ProbeActors = None,
+    driver_label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A label of the node that is to run the driver; default: the head"),
+    ] = None,
 ) -> None:
     """Runs a sweep as a Ray job on a cluster, with this folder's files, and follows it to its end."""
-    _load(sweep, parameters)
+    loaded = _load(sweep, parameters)
     from memray.cluster.mirror import git_commit
-    from memray.cluster.submission import entrypoint, places, runtime_env
+    from memray.cluster.submission import Job, credentials, entrypoint, places, runtime_env
     from memray.cluster.submission import submit as submit_job
 
     with _exit_codes():
+        labels = _named(driver_label, "--driver-label")
         commit = git_commit()
-        environment = runtime_env({"MEMRAY_GIT_COMMIT": commit} if commit else {})
-        variables = environment["env_vars"]
-        options = places(
+        about = {"MEMRAY_GIT_COMMIT": commit} if commit else {}
+        variables = runtime_env({})["env_vars"]
+        about |= places(
             storage or variables.get("MEMRAY_STORAGE"),
             tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or variables.get("MLFLOW_TRACKING_URI"),
         )
+        trial_ids = ",".join(trial.trial_id() for trial in loaded.trials)
         counts = {"--max-concurrent": max_concurrent, "--probe-actors": probe_actors}
-        options |= {name: str(value) for name, value in counts.items() if value is not None}
-        code = submit_job(address, entrypoint(sweep, parameters or [], options), environment, _say)
+        options = {name: str(value) for name, value in counts.items() if value is not None}
+        job = Job(
+            sweep=loaded.name,
+            command=entrypoint(sweep, parameters or [], options),
+            environment=runtime_env(credentials() | about),
+            metadata={
+                "sweep": loaded.name,
+                "trials": str(len(loaded.trials)),
+                "trials_sha256": hashlib.sha256(trial_ids.encode()).hexdigest(),
+                "commit": commit or "none",
+            },
+            driver_labels=labels,
+        )
+        code = submit_job(address, job, _say)
     raise typer.Exit(code)
 
 
@@ -273,16 +305,31 @@ def _show_results(sweep: Sweep, storage: str) -> None:
 
 
 @app.command()
-def status(sweep: SweepFile, parameters: Parameters = None, storage: Storage = "runs") -> None:
+def status(
+    sweep: SweepFile,
+    parameters: Parameters = None,
+    storage: Storage = "runs",
+    tracking_uri: TrackingUri = None,
+    from_mlflow: FromMlflow = False,
+) -> None:
     """Shows what is done, running, failed and planned."""
     loaded = _load(sweep, parameters)
     with _exit_codes():
-        ledger = _ledger(storage, loaded)
-        states = ledger.states(trial.trial_id() for trial in loaded.trials)
+        ledger = None if from_mlflow else _ledger(storage, loaded)
+        if ledger is None:
+            from memray.cluster.mirror import default_tracking_uri
+            from memray.cluster.tracking import states as told
+
+            states = told(loaded, tracking_uri or default_tracking_uri(storage))
+        else:
+            states = ledger.states(trial.trial_id() for trial in loaded.trials)
         counts = {state: list(states.values()).count(state) for state in ("finished", "running", "failed", "planned")}
         out.print(f"{loaded.name}: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
         for trial_id, state in states.items():
-            if state == "failed":
+            if ledger is None:
+                if state in ("failed", "running"):
+                    out.print(f"  {trial_id} {state}", markup=False)
+            elif state == "failed":
                 why = ledger.trial(trial_id).failure() or ""
                 out.print(f"  {trial_id} failed: {why.strip().splitlines()[-1]}", markup=False)
             elif state == "running":
@@ -292,15 +339,29 @@ def status(sweep: SweepFile, parameters: Parameters = None, storage: Storage = "
 
 @app.command()
 def report(
-    sweep: SweepFile, parameters: Parameters = None, storage: Storage = "runs", tracking_uri: TrackingUri = None
+    sweep: SweepFile,
+    parameters: Parameters = None,
+    storage: Storage = "runs",
+    tracking_uri: TrackingUri = None,
+    from_mlflow: FromMlflow = False,
 ) -> None:
     """Writes what a sweep has shown as one HTML page, with its figures as files, and puts them on its MLflow run."""
     loaded = _load(sweep, parameters)
     from memray.cluster.mirror import code_tags, default_tracking_uri
-    from memray.cluster.tracking import results
+    from memray.cluster.storage import without_passwords
+    from memray.cluster.tracking import results, summaries
     from memray.report.page import write_report
     from memray.report.provenance import provenance
 
+    if from_mlflow:
+        with _exit_codes():
+            uri = tracking_uri or default_tracking_uri(storage)
+            read_from = {"Read from": f"MLflow at {without_passwords(uri)}, which has no single tokens and no samples"}
+            stands_on = read_from | provenance(loaded, summaries(loaded, uri), code_tags())
+            frame = results(loaded, tracking_uri=uri)
+            page, *_ = write_report(loaded, frame, Path("report", loaded.name), provenance=stands_on)
+        out.print(f"report: {page.absolute()}", soft_wrap=True, markup=False)
+        return
     with _exit_codes():
         ledger = _ledger(storage, loaded)
         uri = tracking_uri or default_tracking_uri(storage)
@@ -320,7 +381,9 @@ def report(
     mirror = _mirror(loaded, ledger, uri, storage)
     mirror.send_folder(folder, "report")
     if mirror.error is not None:
-        err.print(f"MLflow at {uri} lacks the report ({mirror.error}); call `report` again for it", markup=False)
+        err.print(
+            f"MLflow at {mirror.shown_uri} lacks the report ({mirror.why()}); call `report` again for it", markup=False
+        )
 
 
 @app.command()
@@ -330,6 +393,7 @@ def sync(
     """Sends MLflow what it lacks, or rebuilds it."""
     loaded = _load(sweep, parameters)
     from memray.cluster.mirror import default_tracking_uri
+    from memray.cluster.storage import without_passwords
 
     with _exit_codes():
         ledger = _ledger(storage, loaded)
@@ -337,7 +401,7 @@ def sync(
         states = ledger.states(trial.trial_id() for trial in loaded.trials)
         mirror = _mirror(loaded, ledger, uri, storage, trusts_notes=False)
         lag = mirror.finish(failed=sum(state == "failed" for state in states.values()))
-    say_where(mirror, uri, lag, sweep, parameters, storage)
+    say_where(mirror, lag, sweep, parameters, without_passwords(storage))
     raise typer.Exit(UNREACHABLE if mirror.error is not None else 0)
 
 

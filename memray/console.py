@@ -48,7 +48,7 @@ def plan_row(trial: TrialSpec, sweep: Sweep, state: str) -> dict[str, Any]:
 def plan_table(rows: list[dict[str, Any]], sweep: Sweep) -> Table:
     """The rows of a plan for a person."""
     varying = [name for name in sweep.varying() if name not in _IN_EVERY_PLAN]
-    table = Table(title=f"{sweep.name}: {sweep.question}", title_justify="left")
+    table = Table(title=f"{sweep.name}: {sweep.question}", title_justify="left", caption_justify="left")
     for name in ("trial", *(name.rpartition(".")[2] for name in varying), "engine", "device"):
         table.add_column(name)
     for name in ("FLOPs", "GiB", "hours"):
@@ -64,6 +64,12 @@ def plan_table(rows: list[dict[str, Any]], sweep: Sweep) -> Table:
             f"{row['peak_gib']:.1f}",
             f"{row['device_hours']:.2g}",
             row["state"],
+        )
+    if any(trial.corpus is not None for trial in sweep.trials):
+        # How many tokens a sample has its tokenizer knows, and costs do without: they decide where a trial is placed.
+        table.caption = (
+            "Costs are those of samples of corpus.max_tokens each, the longest that there can be; shorter ones take "
+            "less."
         )
     return table
 
@@ -102,12 +108,13 @@ def where_probes_run(sweep: Sweep) -> str:
     return f"On this machine alone, probes run inside the trials: {why}. On a cluster --probe-actors says how many."
 
 
-def say_where(mirror: Any, uri: str, lag: int, sweep: str, parameters: list[str] | None, storage: str) -> None:
+def say_where(mirror: Any, lag: int, sweep: str, parameters: list[str] | None, storage: str) -> None:
     """Where the runs can be compared, or how far MLflow lags and the command that catches up."""
     arguments = " ".join([sweep, *(f"-p {each}" for each in parameters or []), f"--storage {storage}"])
+    uri = mirror.shown_uri
     if lag or mirror.error is not None:
         err.print(
-            f"MLflow at {uri} lacks {lag} finished trials ({mirror.error}); the ledger holds them. Catch up with:\n"
+            f"MLflow at {uri} lacks {lag} finished trials ({mirror.why()}); the ledger holds them. Catch up with:\n"
             f"  python -m memray sync {arguments} --tracking-uri {uri}",
             markup=False,
         )
@@ -153,6 +160,9 @@ class Watching:
             self.says(
                 f"{self.ended_trials}/{self.total} {trial_id} {state}, {elapsed:.0f} s elapsed, about {left:.0f} s left"
             )
+
+    def lag(self) -> int:
+        return self.mirror.lag()
 
     def says(self, text: str) -> None:
         console = self.progress.console if self.progress else out

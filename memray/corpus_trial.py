@@ -191,7 +191,7 @@ def measure_corpus(
                 done=epoch * steps,
                 num_steps=epochs * steps,
             )
-        is_due = keeper is not None and not is_last and engine.gather(keeper.is_due())[0]
+        is_due = keeper is not None and not is_last and any(engine.gather(keeper.is_due()))
 
 
 def _measured(

@@ -243,7 +243,7 @@ class Keeper(Protocol):
         ...
 
     def is_due(self) -> bool:
-        """Whether it is time for a checkpoint; the main process's answer counts."""
+        """Whether it is time for a checkpoint: where one process says so, all keep one."""
         ...
 
     def keep(self, epoch: int, engine: Engine) -> None:

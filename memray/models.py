@@ -4,6 +4,7 @@ Weights are read from safetensors only, and no code from a repository is run. No
 """
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import cast
 import torch
 import transformers
 from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from numpy import ndarray
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
@@ -27,11 +29,14 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from memray.families import TEXT_SIZE, family, size
+from memray.part import only_on_hub
 from memray.spec import LoraSpec, ModelSpec
 from memray.strings import ALPHABETS
 
 # Their places are fixed: the configs of the tiny sizes name them by id.
 _SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>", "<unk>")
+# Seconds before the hub is asked again that has answered 429: too many requests, of this machine or of its neighbours.
+BUSY_HUB_S = (1.0, 5.0, 15.0)
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -143,7 +148,19 @@ def download(spec: ModelSpec) -> None:
     where, revision = _location(spec)
     patterns = ["*.json", "*.model", "*.txt"] + (["*.safetensors"] if spec.pretrained else [])
     with _readable(where, revision):
-        snapshot_download(where, revision=revision, allow_patterns=patterns)
+        for waits_s in (*BUSY_HUB_S, None):
+            try:
+                snapshot_download(where, revision=revision, allow_patterns=patterns)
+                return
+            except LocalEntryNotFoundError as error:
+                if waits_s is None or not _is_busy(error):
+                    raise
+                time.sleep(waits_s)
+
+
+def _is_busy(error: LocalEntryNotFoundError) -> bool:
+    """Whether the hub answered that it is asked too often."""
+    return isinstance(error.__cause__, HfHubHTTPError) and error.__cause__.response.status_code == 429
 
 
 def check_context(model: PreTrainedModel, num_tokens: int) -> None:
@@ -198,7 +215,7 @@ def _location(spec: ModelSpec) -> tuple[str, str | None]:
     """The directory, or the hub repository with its revision, that a spec names."""
     if spec.path is not None:
         # Checked because transformers takes a path that does not exist for a hub repository.
-        if not Path(spec.path).is_dir():
+        if not os.path.isdir(spec.path):  # of Path, the verb raises where a name is too long
             raise ValueError(
                 f"model.path must be a directory written by save_pretrained, but {spec.path!r} is none; "
                 "correct the path, or leave it out to load from the hub"
@@ -211,7 +228,7 @@ def _location(spec: ModelSpec) -> tuple[str, str | None]:
             f"{spec.family} has none; set model.path, or model.pretrained to false, or name a public size: "
             f"{', '.join(name for name, each in family(spec.family).sizes.items() if each.hub_id)}"
         )
-    return known.hub_id, spec.revision or known.revision
+    return only_on_hub(known.hub_id), spec.revision or known.revision
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def measure_sequence(
         for stage in walk.stages[walk.next_stage :]:
             walk.train(stage)
             is_last = stage.index == len(walk.stages) - 1
-            is_due = keeper is not None and not is_last and engine.gather(keeper.is_due())[0]
+            is_due = keeper is not None and not is_last and any(engine.gather(keeper.is_due()))
             weights = engine.snapshot() if is_last and spec.training.keep_weights == "final" else None
             for measurement in walk.measured(waits=is_last or is_due):
                 yield replace(measurement, weights=weights) if walk.is_over else measurement

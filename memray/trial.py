@@ -270,7 +270,7 @@ class Watch:
         look, weights = self.looks.pop(epoch, None), self.weights.pop(epoch, None)
         self.waiting.append(Scored(epoch, time.monotonic(), scores, look, weights, is_last))
         if self.keeper and not is_last:
-            self.is_checkpoint_due = self.engine.gather(self.keeper.is_due())[0]
+            self.is_checkpoint_due = any(self.engine.gather(self.keeper.is_due()))
         while self.waiting:
             look = self.waiting[0].look
             if look is not None and not (is_last or self.is_checkpoint_due or look.is_ready()):

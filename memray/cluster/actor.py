@@ -9,7 +9,9 @@ from typing import Any
 
 from ray import tune
 
+from memray.cluster.leaving import Left, at_work
 from memray.cluster.ledger import AlreadyFinished, Attempt, Busy, Ledger, Superseded
+from memray.cluster.storage import StorageError, patiently
 from memray.spec import TrialSpec
 
 
@@ -18,19 +20,33 @@ def run_in_actor(
 ) -> None:
     """Tune's function: one trial, from its claim to its marker."""
     spec = TrialSpec.model_validate_json(config["cell"]["spec"])
-    folder = ledger.trial(spec.trial_id())
     try:
-        attempt = folder.claim(spec.canonical_json(), launch_name)
-    except AlreadyFinished:
-        return
-    except Busy as error:
+        with at_work():
+            _claim_and_run(spec, ledger, launch_name, owner, probe_actors)
+    except (Busy, Superseded) as error:
         tune.report({"busy": str(error)})
+    except StorageError:
+        tune.report({"died": traceback.format_exc()})  # it was tried for a while, and would not take the failure either
+    except Left as error:
+        if not ledger.is_asked_to_leave(launch_name):
+            raise  # this node alone is taken back: elsewhere the trial goes on
+        tune.report({"left": str(error)})
+
+
+def _claim_and_run(spec: TrialSpec, ledger: Ledger, launch_name: str, owner: Any, probe_actors: list[Any]) -> None:
+    if patiently(lambda: ledger.is_asked_to_leave(launch_name), ledger.patience_s):
+        raise Left("the launch was asked to leave before the trial began")
+    if ledger.mark() is None:  # a node that joined after the launch had looked at all
+        raise RuntimeError(f"every node must reach the storage, but on this one {ledger.storage} is another folder")
+    try:
+        attempt = ledger.trial(spec.trial_id()).claim(spec.canonical_json(), launch_name)
+    except AlreadyFinished:
         return
     with attempt:
         try:
-            _run(spec, attempt, owner, probe_actors)
-        except Superseded as error:
-            tune.report({"busy": str(error)})
+            _run(spec, attempt, launch_name, owner, probe_actors)
+        except (Superseded, StorageError, Left):
+            raise
         except ValueError:
             attempt.fail(traceback.format_exc())  # the same spec would be refused again: no retry
         except Exception:
@@ -38,7 +54,7 @@ def run_in_actor(
             raise
 
 
-def _run(spec: TrialSpec, attempt: Attempt, owner: Any, probe_actors: list[Any]) -> None:
+def _run(spec: TrialSpec, attempt: Attempt, launch_name: str, owner: Any, probe_actors: list[Any]) -> None:
     """Trains here, or starts the workers that do, from where an earlier attempt had come to."""
 
     def told(epoch: int) -> None:
@@ -58,15 +74,24 @@ def _run(spec: TrialSpec, attempt: Attempt, owner: Any, probe_actors: list[Any])
     if spec.compute.engine == "deepspeed":
         from memray.cluster.training import train
 
-        train(spec, attempt, checkpoint, trained=trained, owner=owner, probe_actors=probe_actors, told=told)
+        train(
+            spec,
+            attempt,
+            checkpoint,
+            trained=trained,
+            launch_name=launch_name,
+            owner=owner,
+            probe_actors=probe_actors,
+            told=told,
+        )
         return
     # Only here, for they take seconds to import, and an actor that waits for workers has no use for them.
     from memray.cluster.probing import ActorProber
     from memray.cluster.recorder import Recorder
     from memray.trial import run_trial
 
-    prober = ActorProber(spec.model_dump_json(), probe_actors) if probe_actors else None
-    recorder = Recorder(spec, attempt, checkpoint, trained=trained, told=told)
+    prober = ActorProber(spec.model_dump_json(), spec.trial_id(), probe_actors) if probe_actors else None
+    recorder = Recorder(spec, attempt, checkpoint, trained=trained, told=told, launch=launch_name)
     measurements = run_trial(spec, shelf=_shelf(owner), prober=prober, keeper=recorder)
     recorder.record(measurements, prober.summary if prober else dict)
 

@@ -10,6 +10,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from memray.cluster.ledger import Ledger, TrialFolder
+from memray.cluster.storage import without_passwords
 from memray.cluster.tracking import cell_measurements, points, shown
 from memray.material import known_strings, source_of
 from memray.measurement import remeasure
@@ -31,7 +32,7 @@ def audit(sweep: Sweep, ledger: Ledger, tracking_uri: str) -> list[str]:
     try:
         return _differences(sweep, ledger, MlflowClient(tracking_uri))
     except MlflowException as error:
-        raise ConnectionError(f"MLflow must answer at {tracking_uri}, but said: {error}") from error
+        raise ConnectionError(f"MLflow must answer at {without_passwords(tracking_uri)}, but said: {error}") from error
 
 
 def _differences(sweep: Sweep, ledger: Ledger, client: MlflowClient) -> list[str]:

@@ -21,6 +21,7 @@ The ledger knows nothing of what the numbers mean, of MLflow, or of who schedule
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -29,7 +30,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,7 +44,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from memray.cluster.lease import Lease
-from memray.cluster.storage import ClaimsAuthority, ObjectStorage, open_storage
+from memray.cluster.storage import ClaimsAuthority, ObjectStorage, open_storage, patiently
 
 Json = dict[str, Any]
 # The kinds of records beside the measurements.
@@ -194,6 +195,7 @@ class Ledger:
         claims: Who decides between writers on an object store; not asked on a file system.
         renewal_s: Seconds between renewals of a lease.
         expiry_s: Seconds without renewal after which a lease is dead; well above `renewal_s`.
+        patience_s: Seconds for which a claim or a writer tries again where the storage refuses.
         probes_ids: The probes that are asked for, by trial. A trial that was finished under others has a result under
             these in a folder inside its own.
 
@@ -209,6 +211,7 @@ class Ledger:
         *,
         renewal_s: float = 5.0,
         expiry_s: float = 30.0,
+        patience_s: float = 60.0,
         probes_ids: Mapping[str, str] = MappingProxyType({}),
     ):
         if not 0 < renewal_s < expiry_s:
@@ -219,6 +222,7 @@ class Ledger:
         self.sweep = _file_name(sweep, "a sweep's name")
         self.renewal_s = renewal_s
         self.expiry_s = expiry_s
+        self.patience_s = patience_s
         self.probes_ids = dict(probes_ids)
 
     @property
@@ -271,12 +275,29 @@ class Ledger:
         self.storage.replace(f"{self.sweep}/.writable", mark.encode())
         return mark
 
+    def ask_to_leave(self, launch: str) -> None:
+        """Ask the trials of a launch to keep a checkpoint and leave."""
+        self.storage.replace(_leave_file(self.sweep, launch), b"")
+
+    def is_asked_to_leave(self, launch: str) -> bool:
+        """Whether the trials of a launch were asked."""
+        return self.storage.exists(_leave_file(self.sweep, launch))
+
+    def forget_launch(self, launch: str) -> None:
+        """Tidy up after a launch that has ended."""
+        with contextlib.suppress(OSError):  # a leftover asks nobody: no other launch has this name
+            self.storage.delete(_leave_file(self.sweep, launch))
+
     def mark(self) -> str | None:
         """What `check_writable` wrote last; None where it never did."""
         try:
             return self.storage.read_bytes(f"{self.sweep}/.writable").decode()
         except FileNotFoundError:
             return None
+
+
+def _leave_file(sweep: str, launch: str) -> str:
+    return f"{sweep}/.leave-{launch}"
 
 
 def _file_name(name: str, what: str) -> str:
@@ -560,8 +581,11 @@ class TrialFolder:
             Busy: If another launch holds it.
             AlreadyFinished: If there is nothing left to do.
             ValueError: If the folder belongs to another spec.
-            StorageError: If the storage cannot be written.
+            StorageError: If the storage cannot be written, for all the ledger's patience.
         """
+        return patiently(lambda: self._claim(spec_json, launch), self.ledger.patience_s)
+
+    def _claim(self, spec_json: str, launch: str) -> "Attempt":
         spec = spec_json.encode()
         if self.spec() not in (None, spec_json):
             raise ValueError(
@@ -639,6 +663,8 @@ def drop_checkpoints(folder: TrialFolder, but: str = "") -> None:
 class Writer:
     """Writes what one attempt at a trial measures. Every write raises `Superseded` once a newer attempt exists.
 
+    A storage that refuses is tried again for as long as the ledger has patience: training waits, and loses nothing.
+
     One process and thread of an attempt writes measurements; its other processes may put files of a checkpoint. A
     writer can be sent to another process before its first write.
 
@@ -665,6 +691,18 @@ class Writer:
         return Superseded(
             f"attempt {self.number} at trial {self.folder.trial_id} may write no more: {why}; stop it here"
         )
+
+    def _write(self, path: str, data: bytes) -> None:
+        self._patiently(lambda: self.folder._replace(path, data))
+
+    def _patiently(self, act: Callable[[], None]) -> None:
+        """Acts as the owner of the trial, which is looked at before each try."""
+
+        def checked() -> None:
+            self._check()
+            act()
+
+        patiently(checked, self.folder.ledger.patience_s)
 
     def append(
         self,
@@ -698,16 +736,13 @@ class Writer:
         tables = {kind: table for kind, table in given.items() if table is not None and table.num_columns}
         if not lines and not tables:
             return
-        self._check()
         number = self._num_segments + 1
         files = {}
         for kind, table in tables.items():
             path, data = _segment(kind, self.number, number), _parquet(table)
-            self.folder._replace(path, data)
+            self._write(path, data)
             files[path] = _digest(data)
-        if tables:
-            self._check()  # large tables take a while
-        self.folder._replace(_segment("measurements", self.number, number), b"".join(lines))
+        self._write(_segment("measurements", self.number, number), b"".join(lines))
         self._num_segments = number
         self._files |= files
         self._lines += lines
@@ -721,9 +756,8 @@ class Writer:
         self._keep_weights(f"{epoch:06d}.safetensors", save_safetensors(dict(weights)))
 
     def _keep_weights(self, name: str, data: bytes) -> None:
-        self._check()
         path = f"weights/{self.number:04d}-{name}"
-        self.folder._replace(path, data)
+        self._write(path, data)
         self._files[path] = _digest(data)
 
     def put_checkpoint(self, epoch: int, folder: Path) -> dict[str, str]:
@@ -736,11 +770,11 @@ class Writer:
         Raises:
             Superseded, StorageError: As `append` does.
         """
-        self._check()
         files = {}
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder).as_posix()
-            self.folder.ledger.storage.replace(self.folder._path(f"{_checkpoint(self.number, epoch)}/{name}"), path)
+            target = self.folder._path(f"{_checkpoint(self.number, epoch)}/{name}")
+            self._patiently(functools.partial(self.folder.ledger.storage.replace, target, path))
             files[name] = _digest_of_file(path)
         return files
 
@@ -766,8 +800,7 @@ class Writer:
             about=about,
         )
         data = _encode(asdict(kept), "a checkpoint")
-        self._check()
-        self.folder._replace(f"{kept.name}.json", data)
+        self._write(f"{kept.name}.json", data)
         drop_checkpoints(self.folder, but=kept.name)
 
     def adopt(self, checkpoint: KeptCheckpoint) -> dict[str, pa.Table]:
@@ -815,11 +848,12 @@ class Writer:
 
     def _conclude(self, name: str, document: Json) -> None:
         data = _encode(document, name)
-        self._check()
         try:
-            self.folder._write_new(name, data)
+            self._patiently(lambda: self.folder._write_new(name, data))
         except FileExistsError as error:
-            raise self._superseded(f"{name} was written by another") from error
+            # The storage may have refused only after it was written.
+            if self.folder._read(name) != data:
+                raise self._superseded(f"{name} was written by another") from error
         self._is_over = True
 
 

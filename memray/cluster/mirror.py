@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from memray.cluster.ledger import Busy, Ledger
+from memray.cluster.storage import without_passwords
 from memray.sweep import Sweep
 
 # Seconds between two looks for something to send, and between two attempts at a server that is away.
@@ -60,6 +61,7 @@ class Mirror:
         self.sweep = sweep
         self.ledger = ledger
         self.uri = tracking_uri
+        self.shown_uri = without_passwords(tracking_uri)
         self.error: Exception | None = None
         self._write_figures = write_figures
         self._trusts_notes = trusts_notes
@@ -80,6 +82,14 @@ class Mirror:
         """Says that a trial has something new."""
         self._dirty.add(trial_id)
         self._wake.set()
+
+    def why(self) -> str:
+        """What kept something from being sent, for a person; nothing if all went well."""
+        return "" if self.error is None else without_passwords(str(self.error))
+
+    def lag(self) -> int:
+        """How many trials have something new that was not sent yet."""
+        return len(self._dirty)
 
     def _connected(self):
         """The tracker, once this launch is the one that writes: creating a run is not idempotent."""
@@ -140,7 +150,7 @@ class Mirror:
         self._lease.close()
         finished = [trial for trial in self.sweep.trials if self.ledger.trial(trial.trial_id()).state() == "finished"]
         notes = [self.ledger.trial(trial.trial_id()).noted("mlflow") or {} for trial in finished]
-        return sum(not (note.get("complete") and note.get("uri") == self.uri) for note in notes)
+        return sum(not (note.get("complete") and note.get("uri") == self.shown_uri) for note in notes)
 
     def send_folder(self, folder: Path, name: str) -> None:
         """Puts a folder's files on the sweep's run, under a name; what kept them from it is then in `error`."""

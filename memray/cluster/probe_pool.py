@@ -5,7 +5,8 @@ the other may be waiting for.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -31,11 +32,28 @@ class _ProbeActor:
         return look(*arguments)
 
 
+@dataclass(frozen=True)
+class ProbePool:
+    """Actors that score snapshots.
+
+    Attributes:
+        held: What they take of each node, by its id.
+    """
+
+    actors: list[Any] = field(default_factory=list)
+    held: dict[str, Resources] = field(default_factory=dict)
+
+    def leaves(self, nodes: Mapping[str, Resources]) -> list[Resources]:
+        """What is left of each node for trials."""
+        return [
+            {name: amount - self.held.get(node_id, {}).get(name, 0.0) for name, amount in node.items()}
+            for node_id, node in nodes.items()
+        ]
+
+
 @contextlib.contextmanager
-def probe_pool(
-    trials: Sequence[TrialSpec], nodes: dict[str, Resources], number: int | None
-) -> Iterator[tuple[list[Any], list[Resources]]]:
-    """Actors that score snapshots, and what they leave of each node.
+def probe_pool(trials: Sequence[TrialSpec], nodes: Mapping[str, Resources], number: int | None) -> Iterator[ProbePool]:
+    """Actors that score snapshots, for as long as they are needed.
 
     Args:
         nodes: What each node has to give, by its id.
@@ -44,7 +62,6 @@ def probe_pool(
     Raises:
         ValueError: If that many are asked for, and they do not fit, or the trials run on several kinds of device.
     """
-    left = {node_id: dict(node) for node_id, node in nodes.items()}
     kinds = sorted({(spec.compute.accelerator, spec.compute.threads) for spec in trials})
     kind, threads = kinds[0]
     asked: Resources = {"CPU": float(threads)} | ({} if kind == "cpu" else {"GPU": 1.0})
@@ -66,10 +83,12 @@ def probe_pool(
                 f"the probe actors must fit the cluster, but {number} of {asked} found no room in {START_S:g} s; lower "
                 "--probe-actors, or wait until the cluster is freer"
             ) from error
+        held: dict[str, Resources] = {}
         for node_id in node_ids:
+            on_node = held.setdefault(node_id, dict.fromkeys(asked, 0.0))
             for name, amount in asked.items():
-                left[node_id][name] -= amount
-        yield actors, list(left.values())
+                on_node[name] += amount
+        yield ProbePool(actors, held)
     finally:
         for actor in actors:
             ray.kill(actor)

@@ -18,6 +18,7 @@ import ray
 import torch
 from numpy import ndarray
 
+from memray.cluster import metrics
 from memray.encoding import Batch
 from memray.finetune import Engine, as_tensor, lower_weights, scoring_passes
 from memray.looks import Look, Looker, Question, Ready, give_memory_back
@@ -123,6 +124,7 @@ class ActorProber:
     """Hands a trial's snapshots to probe actors, in turn, a few at a time; a question that can be shared, to all.
 
     Attributes:
+        trial_id: Under which Prometheus is told of them.
         seconds: From each snapshot to its result, as results come in, by the clocks of the two nodes.
         waited_s: How long training waited because too many snapshots were on their way.
         drained_s: How long it waited for answers, before a checkpoint and at the end.
@@ -130,6 +132,7 @@ class ActorProber:
     """
 
     spec_json: str
+    trial_id: str
     actors: Sequence[Any]
     seconds: list[float] = field(default_factory=list)
     waited_s: float = 0.0
@@ -146,6 +149,7 @@ class ActorProber:
         kept = ray.put(snapshot)  # once, however many look at it
         references = [self._ask(share, kept) for share in question.split(len(self.actors))]
         self.in_flight.append(references)
+        self.drop_scored()
         return RemoteLook(self, question, references, began_s)
 
     def _ask(self, question: Question, snapshot: Any) -> Any:
@@ -158,8 +162,13 @@ class ActorProber:
         began_s = time.monotonic()
         while len(self.in_flight) >= max(IN_FLIGHT_AT_LEAST, IN_FLIGHT_GIB // gib):
             ray.wait([reference for references in self.in_flight for reference in references], num_returns=1)
-            self.in_flight = [pending for each in self.in_flight if (pending := _pending(each))]
+            self.drop_scored()
         self.waited_s += time.monotonic() - began_s
+
+    def drop_scored(self) -> None:
+        """Counts again what is in flight, and tells of it."""
+        self.in_flight = [pending for each in self.in_flight if (pending := _pending(each))]
+        metrics.tell(metrics.IN_FLIGHT, len(self.in_flight), {"trial": self.trial_id})
 
     def summary(self) -> dict[str, Any]:
         """For the end of a trial: how long its looks took, how long training waited for them, and who took them."""
@@ -193,5 +202,6 @@ class RemoteLook:
         began_s = time.monotonic()
         answers = ray.get(self.references)
         self.prober.drained_s += time.monotonic() - began_s
+        self.prober.drop_scored()
         self.prober.seconds.append(max(ended_s for _, ended_s in answers) - self.began_s)
         return self.question.join([answer for answer, _ in answers])

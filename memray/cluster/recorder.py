@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import transformers
 
+from memray.cluster import leaving
+from memray.cluster.leaving import Left
 from memray.cluster.ledger import KeptCheckpoint, TrialFolder, Writer
 from memray.cluster.replay import as_trained
 from memray.cluster.resources import is_on_cpu
@@ -37,6 +39,8 @@ RECORDS = (token_table, string_table, context_table, matrix_table, samples_table
 
 # Seconds of measurements that are gathered before a segment is written: what a crash can lose of a view.
 SEGMENT_S = 5.0
+# Seconds between two looks whether the launch asks the trial to leave.
+LEAVE_LOOK_S = 2.0
 
 
 class Recorder:
@@ -47,6 +51,7 @@ class Recorder:
         trained: What an earlier run of the trial showed, which this one must repeat.
         told: Told the epoch after each segment.
         is_main: Whether measurements come through this process.
+        launch: The launch that may ask the trial to leave; None where none can.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Recorder:
         trained: TrialFolder | None = None,
         told: Callable[[int], None] = lambda epoch: None,
         is_main: bool = True,
+        launch: str | None = None,
     ) -> None:
         self.spec = spec
         self.writer = writer
@@ -65,6 +71,9 @@ class Recorder:
         self.trained = trained
         self.told = told
         self.is_main = is_main
+        self.launch = launch
+        self.is_asked = False
+        self.asked_s = 0.0
         self.gathered: list[Measurement] = []
         self.written_s = self.kept_s = self.began_s = time.monotonic()
         self.on_cpu = is_on_cpu(spec)
@@ -138,11 +147,24 @@ class Recorder:
         return Checkpoint(self.checkpoint.epoch, files, tables["tokens"], tables["strings"], tables["matrix"])
 
     def is_due(self) -> bool:
-        """Whether enough time has passed since the last one."""
-        return time.monotonic() - self.kept_s >= self.spec.compute.checkpoint_s
+        """Whether enough time has passed since the last one, or the trial is asked to leave."""
+        return self._is_asked_to_leave() or time.monotonic() - self.kept_s >= self.spec.compute.checkpoint_s
+
+    def _is_asked_to_leave(self) -> bool:
+        """Whether this process was asked, or the launch asks through the main one, which looks now and then."""
+        self.is_asked = self.is_asked or leaving.is_asked()
+        if self.is_main and self.launch and not self.is_asked and time.monotonic() - self.asked_s > LEAVE_LOOK_S:
+            self.asked_s = time.monotonic()
+            with contextlib.suppress(OSError):  # a storage that is away for a moment asks nothing
+                self.is_asked = self.writer.folder.ledger.is_asked_to_leave(self.launch)
+        return self.is_asked
 
     def keep(self, epoch: int, engine: Engine) -> None:
-        """Keeps the engine's state; called by every process at once."""
+        """Keeps the engine's state; called by every process at once.
+
+        Raises:
+            Left: In all of them, once it is kept, if one of them was asked to leave.
+        """
         self._write()
         with tempfile.TemporaryDirectory(dir=self.scratch.name) as scratch:
             engine.save(Path(scratch))
@@ -151,6 +173,8 @@ class Recorder:
             files = {name: digest for part in parts for name, digest in part.items()}
             self.writer.commit_checkpoint(epoch, files, about_checkpoint(self.spec))
         self.kept_s = time.monotonic()
+        if any(engine.gather(self.is_asked)):
+            raise Left(f"trial {self.spec.trial_id()} was asked to leave, and goes on from epoch {epoch}")
 
 
 def about_checkpoint(spec: TrialSpec) -> dict[str, Any]:

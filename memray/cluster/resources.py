@@ -1,6 +1,7 @@
 """What a trial asks of Ray, and how many trials a cluster holds side by side."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from memray.accelerators import accelerator
 from memray.cost import cost
@@ -10,6 +11,22 @@ from memray.spec import TrialSpec
 WAITING_CPU = 0.01
 
 Resources = dict[str, float]
+
+# How Ray labels nodes that may be taken away, and how what must outlive a trial asks for the others.
+MARKET = "ray.io/market-type"
+SPOT = "spot"
+
+
+def off_spot(nodes: Iterable[Mapping[str, Any]], cpus: float = 0.0) -> dict[str, str]:
+    """The labels to ask for, so that what waits for trials, or serves them, is kept off nodes that may be taken away.
+
+    Args:
+        nodes: As Ray lists them. Where none that stays can hold it nothing is asked for: it would wait for ever.
+        cpus: What it needs.
+    """
+    staying = [node for node in nodes if node.get("Labels", {}).get(MARKET) != SPOT]
+    fits = any(node["Resources"].get("CPU", 0.0) >= cpus for node in staying)
+    return {MARKET: f"!{SPOT}"} if fits else {}
 
 
 def is_on_cpu(spec: TrialSpec) -> bool:

@@ -7,22 +7,33 @@ several writers can succeed at. A file system gives both; on an object store the
 import contextlib
 import errno
 import os
+import re
 import shutil
 import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import pyarrow.fs as pa_fs
 
 # Bytes of a large file that are in memory at once.
 COPIED_AT_ONCE = 2**24
+# Seconds between two tries at a storage that refuses.
+RETRY_S = 1.0
+
+T = TypeVar("T")
 
 
 class StorageError(OSError):
     """The storage could not be read or written; the message says what and why."""
+
+
+def without_passwords(text: str) -> str:
+    """A text with the passwords left out that stand in its URIs: for whatever is printed or kept."""
+    return re.sub(r"(?<=://)([^/\s:@]*):[^/\s]*@", r"\1:…@", text)
 
 
 @contextlib.contextmanager
@@ -37,6 +48,22 @@ def _explained(storage: object, verb: str, path: str, *expected: type[OSError]) 
             f"the storage {storage} must be a folder or bucket that can be read and written, but to {verb} "
             f"'{path}' failed: {error.strerror or error}; choose another with --storage or MEMRAY_STORAGE"
         ) from error
+
+
+def patiently(act: Callable[[], T], patience_s: float) -> T:
+    """What an act on a storage gives, tried again for a while if the storage refuses: it may be away for a moment.
+
+    Raises:
+        StorageError: The last refusal.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return act()
+        except StorageError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(RETRY_S)
 
 
 class PosixStorage:
@@ -319,7 +346,10 @@ def cluster_claims() -> ActorClaims:
     """
     import ray
 
+    from memray.cluster.resources import off_spot
+
     # Detached, for launches that overlap share it and any of them may end first.
     options = {"name": "memray-claims", "namespace": "memray", "get_if_exists": True, "lifetime": "detached"}
     restarts = {"max_restarts": -1, "max_task_retries": -1}
-    return ActorClaims(ray.remote(Claims).options(num_cpus=0, **options, **restarts).remote())
+    labels = {"label_selector": off_spot(ray.nodes())}
+    return ActorClaims(ray.remote(Claims).options(num_cpus=0, **labels, **options, **restarts).remote())

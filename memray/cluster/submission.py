@@ -1,12 +1,16 @@
 """A sweep as a Ray job: the same command, on a cluster, with the project's files and the right environment."""
 
 import asyncio
+import hashlib
+import json
 import logging
 import os
+import re
 import shlex
 import socket
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +24,18 @@ from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 ENVIRONMENT = Path("infra/runtime_env.yaml")
+# What a job is given of the shell that submits it, where it is set: who it is to MLflow, the hub and the bucket. Ray
+# shows the environment of a job only to those who hold the cluster's token.
+CREDENTIALS = (
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "HF_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "GOOGLE_SERVICE_ACCOUNT_KEY",
+)
 # Seconds that the dashboard may be away from a job that is being followed. The job itself does not depend on it.
 PATIENCE_S = 30.0
 # What goes wrong between here and the dashboard; of Ray's own errors the one for a missing or wrong token.
@@ -42,7 +58,7 @@ def runtime_env(variables: Mapping[str, str]) -> dict[str, Any]:
 
 
 def places(storage: str | None, tracking_uri: str | None) -> dict[str, str]:
-    """The options of a job that say where its ledger and its MLflow are.
+    """The variables of a job that say where its ledger and its MLflow are. No options: these would be in its logs.
 
     Raises:
         ValueError: If either would lie in the job's working directory, or there is no MLflow for a bucket.
@@ -60,14 +76,19 @@ def places(storage: str | None, tracking_uri: str | None) -> dict[str, str]:
                 f"SQLite needs a local folder, but the storage is a URI ({storage.partition('://')[0]}://…); name a "
                 f"tracking server with --tracking-uri, MLFLOW_TRACKING_URI or {ENVIRONMENT}"
             )
-        return {"--storage": storage}
+        return {"MEMRAY_STORAGE": storage}
     scheme, _, path = tracking_uri.partition(":///")
     if scheme == "sqlite" and path and not Path(path).is_absolute():
         raise ValueError(
             f"a job's tracking database must be absolute, but it is {tracking_uri}; write sqlite:////folder/mlflow.db "
             "with four slashes, a folder of the cluster's head node"
         )
-    return {"--storage": storage, "--tracking-uri": tracking_uri}
+    return {"MEMRAY_STORAGE": storage, "MLFLOW_TRACKING_URI": tracking_uri}
+
+
+def credentials() -> dict[str, str]:
+    """The variables of this shell that say who the job is."""
+    return {name: os.environ[name] for name in CREDENTIALS if os.environ.get(name)}
 
 
 def entrypoint(sweep: str, parameters: list[str], options: Mapping[str, str]) -> str:
@@ -87,8 +108,36 @@ def entrypoint(sweep: str, parameters: list[str], options: Mapping[str, str]) ->
     return shlex.join(words)
 
 
-def submit(address: str, command: str, environment: dict[str, Any], say: Callable[[str], None]) -> int:
+@dataclass(frozen=True)
+class Job:
+    """What is submitted.
+
+    Attributes:
+        sweep: Its name, with which the job's id begins.
+        command: What the job runs.
+        environment: Its runtime environment.
+        metadata: What Ray's list of jobs says of it.
+        driver_labels: Of the node on which the command runs; without any it is the head node.
+    """
+
+    sweep: str
+    command: str
+    environment: Mapping[str, Any]
+    metadata: Mapping[str, str]
+    driver_labels: Mapping[str, str]
+
+    def base_id(self) -> str:
+        """The same for the same sweep, command, code and places, whoever submits it."""
+        variables = self.environment["env_vars"]
+        places = [variables.get(name) for name in ("MEMRAY_STORAGE", "MLFLOW_TRACKING_URI")]
+        told = json.dumps([self.command, places, dict(self.metadata)], sort_keys=True)
+        return f"{self.sweep}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+
+
+def submit(address: str, job: Job, say: Callable[[str], None]) -> int:
     """Submits a job and follows it to its end; the exit code of its command, or 1 if it was stopped or never began.
+
+    Where the same job runs already, that one is followed.
 
     Args:
         address: Of the cluster's dashboard, such as http://127.0.0.1:8265.
@@ -108,17 +157,17 @@ def submit(address: str, command: str, environment: dict[str, Any], say: Callabl
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     try:
         client = JobSubmissionClient(address)
-        job_id = client.submit_job(entrypoint=command, runtime_env=environment)
+        job_id, is_new = _begin(client, job)
     except _UNREACHABLE as error:
         raise ConnectionError(f"the Ray cluster at {address} did not take the job: {error}") from error
-    say(f"job {job_id}: {command}\n")
+    say(f"job {job_id}{'' if is_new else ' runs already'}: {job.command}\n")
     whereabouts = (
         f"job {job_id} runs on whether it is followed or not:\n"
         f"  ray job logs --address {address} --follow {job_id}\n"
         f"  ray job stop --address {address} {job_id}\n"
     )
     try:
-        job = asyncio.run(_follow(client, job_id, say))
+        ended = asyncio.run(_follow(client, job_id, say))
     except KeyboardInterrupt:
         say(f"\n{whereabouts}")
         raise
@@ -126,10 +175,27 @@ def submit(address: str, command: str, environment: dict[str, Any], say: Callabl
         raise ConnectionError(
             f"the dashboard at {address} has been away for {PATIENCE_S:.0f} s ({error}); {whereabouts.rstrip()}"
         ) from error
-    say(f"job {job_id}: {job.status.value}\n")
-    if job.driver_exit_code is None and job.message:  # what its log cannot tell
-        say(f"{job.message}\n")
-    return job.driver_exit_code if job.driver_exit_code in (0, 1, 2, 3) else 1
+    say(f"job {job_id}: {ended.status.value}\n")
+    if ended.driver_exit_code is None and ended.message:  # what its log cannot tell
+        say(f"{ended.message}\n")
+    return ended.driver_exit_code if ended.driver_exit_code in (0, 1, 2, 3) else 1
+
+
+def _begin(client: JobSubmissionClient, job: Job) -> tuple[str, bool]:
+    """The id of the job, and whether it was begun now: Ray takes an id once, so that each run has the next number."""
+    base = job.base_id()
+    same = [each for each in client.list_jobs() if re.fullmatch(rf"{re.escape(base)}-\d+", each.submission_id or "")]
+    for each in same:
+        if each.submission_id and not each.status.is_terminal():
+            return each.submission_id, False
+    begun = client.submit_job(
+        entrypoint=job.command,
+        submission_id=f"{base}-{len(same) + 1}",
+        runtime_env=dict(job.environment),
+        metadata=dict(job.metadata),
+        entrypoint_label_selector=dict(job.driver_labels) or None,
+    )
+    return begun, True
 
 
 def _check_answers(address: str) -> None:

@@ -32,7 +32,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from memray.cluster.ledger import START, Cursor, Ledger, TrialFolder
+from memray.cluster.ledger import START, Cursor, Ledger, State, TrialFolder
+from memray.cluster.storage import without_passwords
 from memray.corpora import CorpusSpec, name_of
 from memray.measures.phases import DURATIONS, centre
 from memray.measures.statistics import median_interval
@@ -77,6 +78,7 @@ class Tracker:
         self.sweep = sweep
         self.ledger = ledger
         self.uri = tracking_uri
+        self.noted_uri = without_passwords(tracking_uri)
         self.tags = dict(tags or {})
         self.trusts_notes = trusts_notes
         if tracking_uri.startswith("sqlite:///"):
@@ -141,7 +143,7 @@ class Tracker:
         sent = folder.noted("mlflow") or {}
         run = self.runs.get(("trial", trial.trial_id()))
         is_known = False
-        is_ours = run is not None and sent.get("run_id") == run.info.run_id and sent.get("uri") == self.uri
+        is_ours = run is not None and sent.get("run_id") == run.info.run_id and sent.get("uri") == self.noted_uri
         if self.trusts_notes and run is not None and is_ours:
             if sent.get("complete") and self._has_ended(run):
                 return True
@@ -169,12 +171,12 @@ class Tracker:
         )
         if not is_known:
             self._log_params(run_id, trial.params())
-            folder.note("mlflow", {"uri": self.uri, "run_id": run_id})
+            folder.note("mlflow", {"uri": self.noted_uri, "run_id": run_id})
         self._send_points(run_id, trial, folder, created_ms)
         if state == "finished":
             self._send_tables(run_id, folder)
             self._close(run_id, trial, folder)
-            folder.note("mlflow", {"uri": self.uri, "run_id": run_id, "complete": True})
+            folder.note("mlflow", {"uri": self.noted_uri, "run_id": run_id, "complete": True})
             return True
         if state == "failed":
             self.client.set_tag(run_id, FAILURE, (folder.failure() or "")[-4000:])
@@ -423,6 +425,14 @@ def _tag(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _untag(tag: str) -> Any:
+    """What a tag was made of; a text that is no JSON stands for itself."""
+    try:
+        return json.loads(tag)
+    except ValueError:
+        return tag
+
+
 def _ledger_of(sweep: Sweep, storage: str | None) -> Ledger:
     return Ledger(storage or os.environ.get("MEMRAY_STORAGE", "runs"), sweep.name, probes_ids=sweep.probes_ids())
 
@@ -470,17 +480,61 @@ def costs(sweep: Sweep, *, storage: str | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else ["trial_id", "cell_id", *COSTS])
 
 
-def _results_from_mlflow(sweep: Sweep, tracking_uri: str) -> pd.DataFrame:
+def states(sweep: Sweep, tracking_uri: str) -> dict[str, State]:
+    """Where the trials of a sweep stand as far as MLflow was told, for where the ledger is out of reach.
+
+    Raises:
+        ConnectionError: If MLflow does not answer.
+        ValueError: If it knows nothing of the sweep.
+    """
+    _, runs = _trials_in_mlflow(sweep, tracking_uri)
+    told: dict[str, State] = {"FINISHED": "finished", "FAILED": "failed"}
+    return {
+        trial.trial_id(): told.get(runs[trial.trial_id()].info.status, "running")
+        if trial.trial_id() in runs
+        else "planned"
+        for trial in sweep.trials
+    }
+
+
+def summaries(sweep: Sweep, tracking_uri: str) -> list[dict[str, Any]]:
+    """What the finished trials of a sweep ended with, as far as MLflow was told."""
+    _, runs = _trials_in_mlflow(sweep, tracking_uri)
+    finished = [run.data.tags for run in runs.values() if run.info.status == "FINISHED"]
+    return [
+        {name.removeprefix("memray."): _untag(tag) for name, tag in tags.items() if name.startswith("memray.")}
+        for tags in finished
+    ]
+
+
+def _trials_in_mlflow(sweep: Sweep, tracking_uri: str) -> tuple[MlflowClient, dict[str, Run]]:
+    """A client, and the runs of the sweep's trials by their ids."""
     client = MlflowClient(tracking_uri)
-    experiment = client.get_experiment_by_name(sweep.name)
-    if experiment is None:
-        raise ValueError(f"no experiment {sweep.name!r} at {tracking_uri}; run the sweep, or name another tracking URI")
-    wanted = {trial.trial_id(): trial for trial in sweep.trials}
+    try:
+        experiment = client.get_experiment_by_name(sweep.name)
+        if experiment is None:
+            where = without_passwords(tracking_uri)
+            raise ValueError(f"no experiment {sweep.name!r} at {where}; run the sweep, or name another tracking URI")
+        query = "tags.`memray.kind` = 'trial'"
+        runs, page = [], client.search_runs([experiment.experiment_id], query, max_results=1000)
+        while page:
+            runs += page
+            page = page.token and client.search_runs(
+                [experiment.experiment_id], query, max_results=1000, page_token=page.token
+            )
+    except MlflowException as error:
+        raise ConnectionError(f"MLflow at {without_passwords(tracking_uri)} does not answer: {error}") from error
+    wanted = {trial.trial_id() for trial in sweep.trials}
+    by_id = {run.data.tags.get("memray.trial_id", ""): run for run in runs}
+    return client, {trial_id: run for trial_id, run in by_id.items() if trial_id in wanted}
+
+
+def _results_from_mlflow(sweep: Sweep, tracking_uri: str) -> pd.DataFrame:
+    client, runs = _trials_in_mlflow(sweep, tracking_uri)
     rows = []
-    runs = client.search_runs([experiment.experiment_id], "tags.`memray.kind` = 'trial'", max_results=50_000)
-    for run in runs:
-        trial = wanted.get(run.data.tags.get("memray.trial_id", ""))
-        if trial is None or run.info.status != "FINISHED":
+    for trial_id, run in runs.items():
+        trial = sweep.trial(trial_id)
+        if run.info.status != "FINISHED":
             continue
         epochs: dict[int, dict[str, float]] = {}
         for key in run.data.metrics:

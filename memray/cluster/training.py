@@ -17,6 +17,7 @@ import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from memray.cluster.leaving import at_work, leave_on_sigterm
 from memray.cluster.ledger import START, Attempt, Cursor, KeptCheckpoint, TrialFolder
 from memray.cluster.resources import is_on_cpu, of_worker
 from memray.spec import TrialSpec
@@ -31,6 +32,7 @@ def train(
     checkpoint: KeptCheckpoint | None,
     *,
     trained: TrialFolder | None = None,
+    launch_name: str,
     owner: Any,
     probe_actors: list[Any],
     told: Callable[[int], None],
@@ -39,6 +41,7 @@ def train(
 
     Args:
         trained: What an earlier run of it showed, to be repeated.
+        launch_name: The launch that may ask it to leave.
         owner: Of the base weights.
         told: Told now and then how far the trial has come.
     """
@@ -51,18 +54,35 @@ def train(
                 "writer": attempt.elsewhere(),
                 "checkpoint": checkpoint,
                 "trained": trained,
+                "launch_name": launch_name,
                 "owner": owner,
                 "probe_actors": probe_actors,
             },
             scaling_config=ScalingConfig(
                 num_workers=spec.compute.workers, use_gpu=on_gpu, resources_per_worker=of_worker(spec)
             ),
-            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+            torch_config=LeavingConfig(backend="nccl" if on_gpu else "gloo"),
             run_config=RunConfig(name=spec.trial_id(), storage_path=scratch),
         )
         errors = _fit(trainer, Progress(attempt, told).look)
     for error in errors:
         raise _of_worker(error)
+
+
+class LeavingBackend(TorchConfig().backend_cls):
+    """Torch's processes, which SIGTERM asks to leave. Train runs their loop in a thread, and handlers need the main."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        super().on_start(worker_group, backend_config)
+        worker_group.execute(leave_on_sigterm)
+
+
+class LeavingConfig(TorchConfig):
+    """Torch's configuration, with these processes."""
+
+    @property
+    def backend_cls(self) -> type[LeavingBackend]:
+        return LeavingBackend
 
 
 def _fit(trainer: TorchTrainer, look: Callable[[], None]) -> list[Exception]:
@@ -127,8 +147,15 @@ def _work(config: dict[str, Any]) -> None:
     # Where the weights are shards, a probe of the context and generation need them whole.
     needs_whole = spec.probes.context or spec.probes.generation or spec.probes.embeddings
     own = SnapshotProber(config["spec"]) if needs_whole else None
-    prober = ActorProber(config["spec"], actors) if actors else own
-    recorder = Recorder(spec, config["writer"], config["checkpoint"], trained=config["trained"], is_main=rank == 0)
+    prober = ActorProber(config["spec"], spec.trial_id(), actors) if actors else own
+    recorder = Recorder(
+        spec,
+        config["writer"],
+        config["checkpoint"],
+        trained=config["trained"],
+        is_main=rank == 0,
+        launch=config["launch_name"],
+    )
     engines: list[DeepSpeedEngine] = []
 
     def make_engine(*arguments: Any) -> DeepSpeedEngine:
@@ -138,4 +165,5 @@ def _work(config: dict[str, Any]) -> None:
     def summary() -> dict[str, Any]:
         return engines[0].communication() | (prober.summary() if isinstance(prober, ActorProber) else {})
 
-    recorder.record(run_trial(spec, shelf=shelf, make_engine=make_engine, prober=prober, keeper=recorder), summary)
+    with at_work():
+        recorder.record(run_trial(spec, shelf=shelf, make_engine=make_engine, prober=prober, keeper=recorder), summary)

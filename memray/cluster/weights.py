@@ -8,8 +8,13 @@ from typing import Any
 
 import ray
 from numpy import ndarray
+from ray.exceptions import ObjectLostError
 
+from memray.cluster.resources import off_spot
 from memray.spec import ModelSpec
+
+# How often weights are asked for whose owner dies.
+TRIES = 3
 
 
 class WeightsOwner:
@@ -32,11 +37,18 @@ class WeightsOwner:
 
 def start_weights_owner() -> Any:
     """The actor, which lives as long as its handle or the launch that made it. It waits most of the time: no CPU."""
-    return ray.remote(num_cpus=0, max_restarts=3, max_task_retries=3)(WeightsOwner).remote()
+    labels = off_spot(ray.nodes())
+    return ray.remote(num_cpus=0, max_restarts=3, max_task_retries=3, label_selector=labels)(WeightsOwner).remote()
 
 
 def fetch(owner: Any, model: ModelSpec) -> dict[str, ndarray]:
     """The weights of a pretrained model, before any adapter; read-only arrays in shared memory."""
     bare = model.model_copy(update={"lora": None, "dropout": 0.0})
-    (reference,) = ray.get(owner.reference.remote(bare.model_dump_json()))
-    return ray.get(reference)
+    for left in reversed(range(TRIES)):
+        (reference,) = ray.get(owner.reference.remote(bare.model_dump_json()))
+        try:
+            return ray.get(reference)
+        except ObjectLostError:  # its owner has died, and a new one loads the weights again
+            if not left:
+                raise
+    raise AssertionError

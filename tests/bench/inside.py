@@ -34,6 +34,9 @@ class Stopwatch:
 
     def says(self, text: str) -> None: ...
 
+    def lag(self) -> int:
+        return 0
+
 
 def overhead(sweep: Sweep, scratch: Path) -> dict[str, float]:
     """Seconds a trial from when the cluster stands to the last trial's end, and what of them is not the trials' own.

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def assert_undisturbed(study_folder: StudyFolder, **parameters: object) -> None:
         assert [each.record() for each in run_trial(trial)] == ledger.trial(trial.trial_id()).measurements()[0]
 
 
-def wait_for(condition, seconds: float, process: subprocess.Popen) -> None:
+def wait_for(condition: Callable[[], object], seconds: float, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]

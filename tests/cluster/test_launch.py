@@ -2,7 +2,7 @@
 
 import pytest
 
-from memray.cluster.resources import concurrency, of_actor, of_worker, phases
+from memray.cluster.resources import MARKET, SPOT, WAITING_CPU, concurrency, of_actor, of_worker, off_spot, phases
 from memray.spec import ComputeSpec, StringsSpec, TrialSpec
 
 GIB = 2**30
@@ -70,3 +70,21 @@ def test_trials_of_many_workers_run_before_those_of_one_and_never_beside_them() 
     alone, two, four = [trial(), trial(threads=2)], [sharded(2), sharded(2, zero_stage=3)], [sharded(4)]
     assert phases([alone[0], *two, *four, alone[1]]) == [four, two, alone]
     assert phases([sharded(1), trial()]) == [[sharded(1)], [trial()]]
+
+
+def test_what_must_outlive_a_trial_asks_for_nodes_that_stay_where_one_of_them_holds_it() -> None:
+    spot = {"Resources": {"CPU": 8.0}, "Labels": {MARKET: SPOT}}
+    head, driver, bare = (
+        {"Resources": resources, "Labels": labels}
+        for resources, labels in (
+            ({}, {MARKET: "on-demand"}),
+            ({"CPU": 4.0}, {MARKET: "on-demand"}),
+            ({"CPU": 1.0}, {}),
+        )
+    )
+    kept_off = {MARKET: "!spot"}
+    assert off_spot([spot, head]) == kept_off
+    assert off_spot([spot, head], WAITING_CPU) == {}
+    assert off_spot([spot, head, driver], WAITING_CPU) == kept_off
+    assert off_spot([spot, bare], WAITING_CPU) == kept_off
+    assert off_spot([spot]) == {}

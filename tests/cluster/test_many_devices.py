@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from memray.trial import run_trial
 from .conftest import Head, StudyFolder, make_study_folder
 from .processes import Whole
 from .processes import run as run_processes
+from .test_faults import wait_for
 
 pytestmark = pytest.mark.fault
 
@@ -93,7 +95,7 @@ def ray_workers(head: Head) -> list[tuple[psutil.Process, str]]:
 def launched(head: Head) -> list[str]:
     """The titles of processes that a launch started and should not have left."""
     titles = [title for _, title in ray_workers(head)]
-    return [title for title in titles if title.startswith(("ray::RayTrain", "ray::Implicit", "ray::_Probe"))]
+    return [title for title in titles if title.startswith(("ray::RayTrain", "ray::ResourceTrainable", "ray::_Probe"))]
 
 
 def nll(folder: StudyFolder, sweep: Sweep) -> dict[tuple[str, int], list[float]]:
@@ -164,7 +166,7 @@ def test_a_failing_trial_of_many_devices_leaves_the_cluster_clean(
 # --- kills -----------------------------------------------------------------------------------------------------
 
 LONG = {"epochs": 150, "checkpoint_s": 0.5}
-TITLES = {"a worker": "ray::RayTrainWorker", "the actor": "ray::ImplicitFunc", "a probe actor": "ray::_ProbeActor"}
+TITLES = {"a worker": "ray::RayTrainWorker", "the actor": "ray::ResourceTrainable", "a probe actor": "ray::_ProbeActor"}
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +230,26 @@ def test_a_trial_killed_twice_ends_bit_identical(
     assert finished is not None
     assert finished.attempt > 2
     assert finished.summary["resumed_from_epoch"] > 0
+    assert "0 differences" in study_folder.run("audit", *options).stdout
+
+
+def test_a_worker_that_is_asked_to_leave_keeps_a_checkpoint_of_all_and_the_trial_goes_on(
+    study_folder: StudyFolder, head: Head, undisturbed: dict[str, str]
+) -> None:
+    options = ["-p", f"epochs={LONG['epochs']}", "-p", "stages=[3]"]
+    _, trial = load(study_folder.folder / "small.py", stages=(3,), epochs=LONG["epochs"]).trials
+    process = study_folder.start("run", *options, "--address", head.address)
+    segments = f"small/{trial.trial_id()}/measurements/0001-*.jsonl"
+    wait_for(lambda: list(study_folder.storage.glob(segments)), 150, process)
+    workers = [worker for worker, title in ray_workers(head) if title.startswith(TITLES["a worker"])]
+    workers[-1].send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
+    ledger = Ledger(str(study_folder.storage), "small")
+    finished = ledger.trial(trial.trial_id()).finished()
+    assert finished is not None
+    assert finished.summary["resumed_from_epoch"] > 0
+    assert digest_of(ledger, trial) == undisturbed[trial.trial_id()]
     assert "0 differences" in study_folder.run("audit", *options).stdout
 
 

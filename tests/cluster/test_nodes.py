@@ -1,28 +1,38 @@
-"""What a launch asks of a cluster of several nodes: one storage for all, and base weights that are read once."""
+"""What a launch asks of a cluster of several nodes, which come and go: one storage for all, and weights read once."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.state import list_actors
 
 from memray.cluster.launch import check_shared
 from memray.cluster.ledger import Ledger
+from memray.cluster.resources import MARKET, SPOT
+from memray.cluster.storage import cluster_claims
 from memray.cluster.weights import fetch, start_weights_owner
-from memray.models import load_model
+from memray.models import character_tokenizer, load_model
 from memray.spec import LoraSpec, ModelSpec
+
+from .conftest import STUDY, StudyFolder, make_study_folder
+from .test_faults import LONG, assert_undisturbed, finished_trials, running_leases, wait_for
 
 pytestmark = pytest.mark.fault
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head node that this process has joined."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    """A head node that trains nothing, which this process has joined."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     ray.init(address=made.address, log_to_driver=False)
     try:
         yield made
@@ -72,3 +82,60 @@ def test_base_weights_are_read_once_whatever_trials_ask_for_them(cluster: Cluste
         again = fetch(owner, other)
         assert again.keys() == first.keys()
         assert all((again[name] == array).all() for name, array in first.items())
+
+
+def test_what_serves_all_trials_is_kept_off_nodes_that_may_be_taken_away(cluster: Cluster) -> None:
+    spot = [cluster.add_node(num_cpus=1, labels={MARKET: SPOT}).node_id for _ in range(4)]
+    cluster.wait_for_nodes()
+    owner, claims = start_weights_owner(), cluster_claims().handle
+    for actor in (owner, claims):
+        ray.get(actor.__ray_ready__.remote())
+    found: list[Any] = list_actors(address=cluster.address)
+    nodes = {each.class_name: each.node_id for each in found}
+    assert set(nodes) == {"WeightsOwner", "Claims"}
+    assert not set(nodes.values()) & set(spot)
+
+
+def test_nodes_that_join_are_used_and_one_that_is_lost_in_mid_trial_loses_nothing(
+    cluster: Cluster, study_folder: StudyFolder
+) -> None:
+    first = cluster.add_node(num_cpus=1)
+    process = study_folder.start("run", *LONG, "--address", str(cluster.address))
+    wait_for(lambda: running_leases(study_folder), 120, process)
+    cluster.add_node(num_cpus=1)
+    wait_for(lambda: len(running_leases(study_folder)) == 2, 90, process)
+    held = running_leases(study_folder)
+    cluster.remove_node(first, allow_graceful=False)
+    output, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, output
+    assert "4 trials to run, 1 at a time" in output
+    finished = [ledger_of(study_folder).trial(path.parent.name).finished() for path in finished_trials(study_folder)]
+    assert max(each.attempt for each in finished if each) == 2, held
+    assert_undisturbed(study_folder, epochs=300)
+
+
+def ledger_of(study_folder: StudyFolder) -> Ledger:
+    return Ledger(str(study_folder.storage), "small")
+
+
+def test_weights_whose_owner_is_killed_are_loaded_again(tmp_path: Path) -> None:
+    load_model(ModelSpec(), seed=3).save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    model = f"ModelSpec(path={str(tmp_path / 'model')!r}, pretrained=True)"
+    study = STUDY.replace("TrialSpec(\n", f"TrialSpec(model={model},\n", 1).replace(
+        "import Probes", "import ModelSpec, Probes"
+    )
+    study_folder = make_study_folder(tmp_path, study)
+    process = study_folder.start("run", *LONG, "--max-concurrent", "1")
+    wait_for(lambda: list(study_folder.storage.glob("small/*/measurements/*.jsonl")), 120, process)
+    (owner,) = [
+        each
+        for each in psutil.Process(process.pid).children(recursive=True)
+        if "ray::WeightsOwner" in " ".join(each.cmdline())
+    ]
+    owner.kill()
+    # Its actor goes too: the one that takes its place has to ask for the weights.
+    os.kill(running_leases(study_folder)[0]["pid"], signal.SIGKILL)
+    output, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, output
+    assert_undisturbed(study_folder, epochs=300)

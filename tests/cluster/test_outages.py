@@ -1,23 +1,28 @@
 """What a launch does when a trial, the tracking server, the cluster or the storage fails."""
 
 import contextlib
+import http.server
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from memray.cluster.audit import audit, remeasured
 from memray.cluster.launch import MAX_FAILURES
 from memray.cluster.ledger import Ledger
+from memray.models import BUSY_HUB_S
 from memray.trial import run_trial
 
 from ..ports import free_port
 from .conftest import STUDY, StudyFolder, attempts_of, make_study_folder, runs_of, sweep_of
+from .test_faults import LONG, wait_for
 
 
 @pytest.mark.fault
@@ -117,6 +122,125 @@ def test_a_server_that_was_away_is_caught_up_with(study_folder: StudyFolder, ser
     study_folder.run("sync", "-p", "seeds=1", "--tracking-uri", server)
     study_folder.run("sync", "-p", "seeds=1", "--tracking-uri", server)
     assert "0 differences" in study_folder.run("audit", "-p", "seeds=1", "--tracking-uri", server).stdout
+
+
+# --- storage that refuses ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[StudyFolder]:
+    """A study whose storage is a file system of 24 MiB, and MLflow's database elsewhere."""
+    made = make_study_folder(tmp_path)
+    made.storage.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(made.storage)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("to mount a small file system needs root")
+    made.environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
+    try:
+        yield made
+    finally:
+        subprocess.run(["umount", "--lazy", str(made.storage)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """A file that leaves no room beside it."""
+    filler = folder / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+def assert_undisturbed_here(study_folder: StudyFolder, **parameters: object) -> None:
+    sweep, ledger = sweep_of(study_folder, **parameters), Ledger(str(study_folder.storage), "small")
+    assert audit(sweep, ledger, study_folder.environment["MLFLOW_TRACKING_URI"]) == []
+    for trial in sweep.trials:
+        assert [each.record() for each in run_trial(trial)] == ledger.trial(trial.trial_id()).measurements()[0]
+
+
+@pytest.mark.fault
+def test_a_storage_that_refuses_for_a_while_is_waited_for(small_disk: StudyFolder) -> None:
+    process = small_disk.start("run", *LONG, "-p", "seeds=1")
+    wait_for(lambda: list(small_disk.storage.glob("small/*/measurements/*.jsonl")), 120, process)
+    filler = fill(small_disk.storage)
+    time.sleep(15)
+    assert process.poll() is None
+    filler.unlink()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert list(attempts_of(small_disk).values()) == [1, 1]
+    assert_undisturbed_here(small_disk, epochs=300, seeds=1)
+
+
+@pytest.mark.fault
+def test_a_full_disk_is_said_and_the_sweep_goes_on_once_there_is_room(small_disk: StudyFolder) -> None:
+    process = small_disk.start("run", *LONG, "-p", "seeds=1")
+    wait_for(lambda: list(small_disk.storage.glob("small/*/measurements/*.jsonl")), 120, process)
+    filler = fill(small_disk.storage)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1, output
+    assert "No space left on device; choose another with --storage or MEMRAY_STORAGE" in output
+    filler.unlink()
+    small_disk.run("run", *LONG, "-p", "seeds=1")
+    assert_undisturbed_here(small_disk, epochs=300, seeds=1)
+
+
+# --- memory and the hub --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault
+def test_a_trial_that_runs_out_of_memory_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
+    large = '"strings.length": 1000, "strings.num_strings": 64, "training.strings_per_step": 64'
+    study = STUDY.replace('"training.epochs": epochs}', '"training.epochs": epochs} | (LARGE if size == 7 else {})')
+    study_folder = make_study_folder(tmp_path, study.replace("\n\ndef sweep", f"\nLARGE = {{{large}}}\n\n\ndef sweep"))
+    memory = psutil.virtual_memory()
+    # What the launch itself takes, and a small trial, fit; the large one does not.
+    at_most = (memory.total - memory.available + 3 * 2**30) / memory.total
+    study_folder.environment |= {
+        "RAY_memory_usage_threshold": f"{at_most:.4f}",
+        "RAY_memory_monitor_refresh_ms": "100",
+    }
+    options = ["-p", "seeds=1", "-p", "alphabet_sizes=[2,7,26]", "--max-concurrent", "1"]
+    assert " 4.5 " in study_folder.invoke("plan", *options[:-2]).stdout
+    done = study_folder.run("run", *options, expect=1)
+    assert "out of memory: Ray ended the trial as its node ran low. It was planned to take 4.5 GiB" in done.stderr
+    assert "2 finished, 0 running, 1 failed" in study_folder.invoke("status", *options[:-2]).stdout
+    assert sorted(run.info.status for run in runs_of(study_folder, "trial")) == ["FAILED", "FINISHED", "FINISHED"]
+
+
+class BusyHub(http.server.BaseHTTPRequestHandler):
+    """A hub that is asked too often."""
+
+    asked: list[str] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(429)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing is printed."""
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("is_there", [True, False], ids=["answers 429", "is away"])
+def test_a_hub_that_gives_nothing_is_said_before_anything_is_scheduled(tmp_path: Path, is_there: bool) -> None:
+    study = STUDY.replace("TrialSpec(\n", "TrialSpec(model=ModelSpec(size='70m', pretrained=True),\n", 1)
+    study_folder = make_study_folder(tmp_path, study.replace("import Probes", "import ModelSpec, Probes"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), BusyHub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        port = hub.server_port if is_there else 9
+        study_folder.environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path / "hub")}
+        done = study_folder.run("run", expect=2)
+        hub.shutdown()
+    assert ("429 Too Many Requests" if is_there else "Connection refused") in done.stderr
+    assert "set model.path to a local copy" in done.stderr
+    assert not list(study_folder.storage.glob("small/*/spec.json"))
+    asked = [path for path in BusyHub.asked if "pythia-70m" in path]
+    assert len(asked) >= (1 + len(BUSY_HUB_S) if is_there else 0)
 
 
 def test_a_cluster_that_cannot_be_reached_leaves_with_3(study_folder: StudyFolder) -> None:

@@ -46,7 +46,7 @@ def sweep(*, seeds: int = 1) -> Sweep:
 
 
 PROBE_ACTOR = "ray::_ProbeActor"
-AT_WORK = {"trial": "ray::ImplicitFunc.train", "probe actor": PROBE_ACTOR}
+AT_WORK = {"trial": "ray::ResourceTrainable.train", "probe actor": PROBE_ACTOR}
 
 
 def make_sequences(folder: Path, *, num_strings: int, epochs: int, replay: float, checkpoint_s: int) -> StudyFolder:
