@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from memray.generators import Sample, generator
-from memray.part import NOT_HASHED, Part, Positive
+from memray.part import NOT_HASHED, HubId, Part, Positive, Revision, only_on_hub
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 
@@ -38,7 +38,7 @@ class RowsSpec(Part):
         path: A file of JSON lines, CSV or Parquet, by its ending. The hash covers its content and not its place.
         sha256: The content of that file, as 64 hexadecimal digits. Filled in when the spec is made; where the file
             differs from it by the time that the trial runs, the trial is refused.
-        hub_id: A data set of the hub, read by the library `datasets`, which runs none of its code,
+        hub_id: A data set of the hub as owner/name, read by the library `datasets`, which runs none of its code,
         config: its configuration, where it has several,
         split: its split,
         revision: and a commit of it, or a branch or tag, whose rows may change: the digest of what was trained is
@@ -54,10 +54,10 @@ class RowsSpec(Part):
     options: dict[str, int | float | str] = {}
     path: str | None = Field(default=None, json_schema_extra=NOT_HASHED)
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
-    hub_id: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")] | None = None
+    hub_id: HubId | None = None
     config: str | None = None
     split: str = "train"
-    revision: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "main"
+    revision: Revision = "main"
     prefix_field: str = "prefix"
     reference_field: str = "reference"
     text_field: str | None = None
@@ -316,7 +316,11 @@ def _fields(spec: RowsSpec) -> Iterator[Mapping[str, Any] | str]:
             f"rows.path must hold the rows that the spec was made from, with sha256={spec.sha256}, but {path} has "
             f"{found}; restore the file, or leave sha256 out to train on what it holds now"
         )
-    yield from {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix](path)
+    try:
+        yield from {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix](path)
+    except Exception as error:  # of many kinds: the encoding's, the format's
+        raise ValueError(f"{path} must hold rows as {path.suffix[1:]} in UTF-8, but reading it failed: {error}; "
+                         "write it anew") from error  # fmt: skip
 
 
 def _json_rows(path: Path) -> Iterator[Mapping[str, Any] | str]:
@@ -324,7 +328,7 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any] | str]:
         for line in lines:
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield f"is no JSON ({error})"
             else:
                 yield row if isinstance(row, dict) else "is no JSON object"
@@ -353,7 +357,7 @@ def _hub_rows(spec: RowsSpec) -> Iterator[Mapping[str, Any] | str]:
         ) from error
     assert spec.hub_id is not None  # the validator refuses rows from nowhere
     try:
-        data = load_dataset(spec.hub_id, spec.config, split=spec.split, revision=spec.revision)
+        data = load_dataset(only_on_hub(spec.hub_id), spec.config, split=spec.split, revision=spec.revision)
     except Exception as error:  # of many kinds: the hub's, the network's, the format's
         said = " ".join(str(error).split())
         raise ValueError(

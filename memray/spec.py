@@ -19,7 +19,7 @@ from memray import families
 from memray.compute import UNHASHED, ComputeSpec
 from memray.corpora import NUM_RESERVED, CorpusSpec, RowsSpec
 from memray.curriculum import CurriculumSpec, OtherSpec, Stage
-from memray.part import NOT_HASHED, Part, Positive, Seed, canonical_json, digest, identity_of
+from memray.part import NOT_HASHED, Part, Positive, Revision, Seed, canonical_json, digest, identity_of
 from memray.probes import ProbesSpec, RetentionSpec
 from memray.strings import (
     ALPHABETS,
@@ -51,6 +51,9 @@ _READ_BY_KINDS = dict.fromkeys(("alphabet", "alphabet_size", "entropy_bits", "sk
     "sha256": ("text",),
 }
 
+# Ten times the longest sequence that was tried: each stage is written out as soon as a spec is made.
+_MOST_STAGES = 10_000
+
 # MLflow takes no longer value of a param.
 _LONGEST_PARAM = 6000
 
@@ -80,7 +83,7 @@ class StringsSpec(Part):
 
     kind: Literal["iid", "markov", "repeated", "hierarchical", "text"] = "iid"
     alphabet: Literal["latin", "latin_upper", "digits", "greek", "cyrillic", "cjk", "vocabulary"] = "latin"
-    alphabet_size: Annotated[int, Field(ge=2)] = 26
+    alphabet_size: Annotated[int, Field(ge=2, le=2**20)] = 26
     entropy_bits: float | None = None
     skew: Literal["one-token", "geometric", "zipf"] = "one-token"
     length: Annotated[int, Field(ge=2)] = 1024
@@ -265,7 +268,7 @@ class ModelSpec(Part):
     size: str = "tiny"
     pretrained: bool = False
     path: str | None = None
-    revision: str | None = None
+    revision: Revision | None = None
     bos: bool | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     lora: LoraSpec | None = None
@@ -497,6 +500,11 @@ class TrialSpec(Part):
                     "leave it out"
                 )
             return
+        if (count := self.strings.num_strings // self.curriculum.strings_per_stage) > _MOST_STAGES:
+            raise ValueError(
+                f"a curriculum must have at most {_MOST_STAGES} stages, but strings.num_strings="
+                f"{self.strings.num_strings} makes {count}; train fewer strings, or more a stage"
+            )
         self.curriculum.stages(self.strings.num_strings)
         if self.strings.kind == "text" and self.curriculum.unrepeated:
             raise ValueError(

@@ -7,7 +7,7 @@ models have read the standard library before: what they recite of held-out funct
 
 Reads: open question 3 of arXiv 2502.01187, which finds them nearly independent in question answering.
 
-Cost: at tiny scale 3 trials a seed, about two minutes each on one core (`plan` states it).
+Cost: at tiny scale 3 trials a seed, about a minute each on one core (`plan` states it).
 """
 
 from memray.corpora import CorpusSpec, RowsSpec

@@ -19,6 +19,8 @@ INTERVAL_S = 1.0
 RETRY_S = 10.0
 # Seconds that a launch which has ended waits for another one to stop writing to MLflow.
 HANDOVER_S = 30.0
+# Attempts at sending what is left when a launch has ended.
+ATTEMPTS = 3
 # The name under which a launch leases the right to write to MLflow, beside the trials of its sweep.
 WRITER = "mlflow-writer"
 
@@ -120,6 +122,7 @@ class Mirror:
                 self.error = None
             except Exception as error:  # whatever the server says, the ledger holds the truth and training goes on
                 self.error = error
+                self._tracker = None  # an answer may have been lost: what the server has is looked up anew
                 self._wait(RETRY_S)
             self._wait(INTERVAL_S)
 
@@ -137,14 +140,15 @@ class Mirror:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
-        deadline = time.monotonic() + HANDOVER_S
+        deadline, attempts = time.monotonic() + HANDOVER_S, 0
         while True:
-            self.error = None
+            self.error, attempts = None, attempts + 1
             try:
                 self._send_all(failed)
             except Exception as error:  # as in `_run`: training is over and the ledger holds the truth
-                self.error = error
-            if not isinstance(self.error, Busy) or time.monotonic() > deadline:
+                self.error, self._tracker = error, None
+            is_patient = time.monotonic() < deadline if isinstance(self.error, Busy) else attempts < ATTEMPTS
+            if self.error is None or not is_patient:
                 break
             time.sleep(INTERVAL_S)
         self._lease.close()

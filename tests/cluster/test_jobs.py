@@ -1,6 +1,7 @@
 """A sweep as a Ray job on a head node that was started by hand, through Ray's own command and through `submit`."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -155,11 +156,14 @@ def test_submit_follows_a_job_that_outlives_it(head: Head, project: Path, tmp_pa
     for verb in ("logs", "stop"):
         assert f"ray job {verb} --address {head.dashboard}" in told
     assert (told.count(job.submission_id), "Traceback" in told) == (3, False)
-    deadline = time.monotonic() + 240
-    while last_job(head)[0].status == "RUNNING":
-        assert time.monotonic() < deadline
-        time.sleep(1)
-    assert last_job(head)[0].status == "SUCCEEDED"
+    # The same job once more is the one that runs.
+    done = memray(project, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"job {job.submission_id} runs already" in done.stdout
+    ended, _ = last_job(head)
+    assert (ended.submission_id, ended.status) == (job.submission_id, "SUCCEEDED")
+    assert re.fullmatch(r"small-[0-9a-f]{8}-1", str(ended.submission_id))
+    assert {name: (ended.metadata or {})[name] for name in ("sweep", "trials")} == {"sweep": "small", "trials": "2"}
     assert sorted(path.name for path in uploaded(head).iterdir()) == [".rayignore", "infra", "memray", "sweeps"]
     assert size_of(uploaded(head)) < 2_000_000  # the code, and no results
 
@@ -170,6 +174,7 @@ def test_submit_follows_a_job_that_outlives_it(head: Head, project: Path, tmp_pa
     assert done.stdout.count("2/2") == 1
     assert done.stdout.endswith("SUCCEEDED\n")
     assert attempts(tmp_path / "runs", "small") == [1, 1, 1, 1]
+    assert str(last_job(head)[0].submission_id).rpartition("-")[0] != str(job.submission_id).rpartition("-")[0]
     assert run_states(tmp_path / "runs", "small")["trial"] == ["FINISHED"] * 4
 
 
