@@ -33,7 +33,8 @@ class StorageError(OSError):
 
 def without_passwords(text: str) -> str:
     """A text with the passwords left out that stand in its URIs: for whatever is printed or kept."""
-    return re.sub(r"(?<=://)([^/\s:@]*):[^/\s]*@", r"\1:…@", text)
+    # The keys of buckets have slashes, which should not stand so in a URI, and do.
+    return re.sub(r"(?<=://)([^/\s:@]*):\S*@", r"\1:…@", text)
 
 
 @contextlib.contextmanager

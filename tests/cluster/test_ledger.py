@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import memray
+from memray.cluster import storage
 from memray.cluster.ledger import (
     START,
     AlreadyFinished,
@@ -546,7 +547,7 @@ def test_of_two_processes_that_race_for_fifty_trials_exactly_one_wins_each(local
 @pytest.mark.parametrize("root", ["below a file", "/proc/memray"])
 def test_a_storage_that_cannot_be_written_is_refused_with_a_sentence(tmp_path: Path, root: str):
     (tmp_path / "file").write_text("")
-    ledger = Ledger(str(tmp_path / "file" / "runs") if root == "below a file" else root, "sweep")
+    ledger = Ledger(str(tmp_path / "file" / "runs") if root == "below a file" else root, "sweep", patience_s=0.0)
     for write in (ledger.check_writable, lambda: ledger.trial("trial").claim(SPEC, "ours")):
         with pytest.raises(StorageError, match=r"(?s)the storage .* must be a folder .* --storage") as refusal:
             write()
@@ -576,7 +577,7 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
 
 def test_a_read_only_storage_can_be_read_and_is_refused_for_writing(tmp_path: Path):
     with mounted(tmp_path / "mount", "size=1m"):
-        ledger = Ledger(str(tmp_path / "mount"), "sweep")
+        ledger = Ledger(str(tmp_path / "mount"), "sweep", patience_s=0.0)
         finish_a_trial(ledger)
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "mount")], check=True)
         assert ledger.trial("trial").verify() == []
@@ -586,7 +587,7 @@ def test_a_read_only_storage_can_be_read_and_is_refused_for_writing(tmp_path: Pa
 
 def test_a_full_storage_shows_nothing_of_the_segment_which_can_be_appended_again(tmp_path: Path):
     with mounted(tmp_path / "mount", "size=256k"):
-        ledger = Ledger(str(tmp_path / "mount"), "sweep")
+        ledger = Ledger(str(tmp_path / "mount"), "sweep", patience_s=0.0)
         folder = ledger.trial("trial")
         ballast = tmp_path / "mount" / "ballast"
         with folder.claim(SPEC, "ours") as attempt:
@@ -600,6 +601,25 @@ def test_a_full_storage_shows_nothing_of_the_segment_which_can_be_appended_again
             attempt.finish({})
         assert folder.measurements()[0] == lines
         assert folder.verify() == []
+
+
+def test_a_storage_that_refuses_for_a_moment_is_tried_again(local: Ledger, monkeypatch: pytest.MonkeyPatch):
+    refusals = iter([True, True, False, True])
+    replace_file = type(local.storage).replace
+
+    def refuse_now_and_then(*arguments: Any, **options: Any) -> None:
+        if next(refusals, False):
+            raise StorageError("away")
+        replace_file(*arguments, **options)
+
+    with local.trial("trial").claim(SPEC, "ours") as attempt:
+        monkeypatch.setattr(type(local.storage), "replace", refuse_now_and_then)
+        monkeypatch.setattr(storage, "RETRY_S", 0.01)
+        attempt.append([{"epoch": 0}], tokens=table(1))
+        attempt.finish({})
+    assert next(refusals, None) is None
+    assert local.trial("trial").measurements()[0] == [{"epoch": 0}]
+    assert local.trial("trial").verify() == []
 
 
 def test_a_file_system_without_hard_links_still_lets_one_writer_win(local: Ledger, monkeypatch: pytest.MonkeyPatch):
