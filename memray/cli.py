@@ -45,6 +45,11 @@ ProbeActors = Annotated[
 
 def main() -> None:
     """Runs the command line."""
+    if "MEMRAY_SEALED" in os.environ:  # in a job
+        from memray.cluster.sealing import unseal
+
+        with _exit_codes():
+            unseal()
     app()
 
 
@@ -230,6 +235,8 @@ def submit(
     """Runs a sweep as a Ray job on a cluster, with this folder's files, and follows it to its end."""
     loaded = _load(sweep, parameters)
     from memray.cluster.mirror import git_commit
+    from memray.cluster.sealing import seal
+    from memray.cluster.storage import without_passwords
     from memray.cluster.submission import Job, credentials, entrypoint, places, runtime_env
     from memray.cluster.submission import submit as submit_job
 
@@ -242,13 +249,15 @@ def submit(
             storage or variables.get("MEMRAY_STORAGE"),
             tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or variables.get("MLFLOW_TRACKING_URI"),
         )
+        shown = {name: without_passwords(value) for name, value in about.items()}
+        secrets = credentials() | {name: value for name, value in about.items() if value != shown[name]}
         trial_ids = ",".join(trial.trial_id() for trial in loaded.trials)
         counts = {"--max-concurrent": max_concurrent, "--probe-actors": probe_actors}
         options = {name: str(value) for name, value in counts.items() if value is not None}
         job = Job(
             sweep=loaded.name,
             command=entrypoint(sweep, parameters or [], options),
-            environment=runtime_env(credentials() | about),
+            environment=runtime_env(shown | seal(secrets)),
             metadata={
                 "sweep": loaded.name,
                 "trials": str(len(loaded.trials)),

@@ -4,7 +4,10 @@ The loop above it is the same in every process and sees the same scores. What a 
 process computes which strings, is decided here; Ray is not known here, so that plain processes can run it.
 """
 
+import contextlib
 import os
+import pkgutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +264,8 @@ class DeepSpeedEngine:
             )
         for path in (folder / TAG).glob("*.pt"):
             check_pickle(path)
-        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+        with _only_weights():
+            path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise ValueError(f"DeepSpeed found no checkpoint of its own in {folder}; delete it to train from the start")
         states = torch.load(folder / f"generators-{self.rank}.pt", weights_only=True)
@@ -276,13 +280,31 @@ def _dropout_seed(spec: TrialSpec, rank: int) -> int:
     return int(np.random.SeedSequence([spec.order_seed, rank]).generate_state(1)[0])
 
 
+@contextlib.contextmanager
+def _only_weights() -> Iterator[None]:
+    """Keeps torch from running what a file names, though DeepSpeed asks for that.
+
+    The files lie in a storage, where they may change after they were checked.
+    """
+    known = [pkgutil.resolve_name(name) for name in CHECKPOINT_GLOBALS]
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals(known):
+            yield
+    finally:
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+
+
 def check_pickle(path: Path) -> None:
     """Refuses a checkpoint file that names anything but what DeepSpeed's own files need: reading it would run it.
 
     Raises:
         ValueError: If it does.
     """
-    strange = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - CHECKPOINT_GLOBALS
+    try:
+        strange = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - CHECKPOINT_GLOBALS
+    except Exception as error:  # of several kinds: of a file that is no archive, and of what torch never writes
+        raise ValueError(f"a checkpoint must be one of torch's, but {path.name} is none: {error}; delete it") from error
     if strange:
         raise ValueError(
             f"a checkpoint must name nothing but DeepSpeed's own classes, but {path.name} names "

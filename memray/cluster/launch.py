@@ -35,7 +35,7 @@ import ray
 from ray import tune
 from ray.air.execution._internal import RayActorManager
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.tune.execution import tune_controller
+from ray.tune.execution import class_cache, tune_controller
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.search import BasicVariantGenerator
 from ray.tune.trainable.function_trainable import wrap_function
@@ -51,6 +51,10 @@ from memray.cluster.weights import start_weights_owner
 from memray.cost import cost
 from memray.spec import TrialSpec
 from memray.sweep import Sweep
+
+# Tune would put the driver's keys of a bucket into the runtime environment of its actors, which Ray's agent logs. They
+# have them from their node, or from the job.
+class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
 
 # Retries of a trial whose actor died or raised, before the failure stands. One that has kept a checkpoint since starts
 # anew: over weeks a trial may lose more nodes than this.
@@ -112,6 +116,10 @@ def connect(address: str | None) -> None:
             ) from error
     if address == "local":
         options["include_dashboard"] = False
+        with contextlib.suppress(OSError):  # Ray writes its token for everybody on this machine to read
+            folder = Path.home() / ".ray"
+            folder.mkdir(exist_ok=True)
+            folder.chmod(0o700)
         os.environ["HF_HUB_OFFLINE"] = "1"  # the driver has downloaded: the hub answers 429 to many workers
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
 
@@ -369,7 +377,7 @@ def run_on_tune(trials: Sequence[TrialSpec], shared: Shared, announcer: "Announc
         spec = by_id[config["cell"]["trial_id"]]
         actor = of_actor(spec)
         labels = off_spot(nodes, actor["CPU"]) if spec.compute.engine == "deepspeed" else {}
-        return tune.PlacementGroupFactory([actor], **({"bundle_label_selector": [labels]} if labels else {}))
+        return tune.PlacementGroupFactory([actor], bundle_label_selector=[labels] if labels else None)
 
     trainable = tune.with_resources(_leaving_on_sigterm(tune.with_parameters(_run_in_actor, shared=shared)), asked)
     cells = [{"trial_id": trial_id, "spec": spec.model_dump_json()} for trial_id, spec in by_id.items()]

@@ -47,7 +47,8 @@ class Lease:
 
     def is_live(self, expiry_s: float) -> bool:
         """Whether the holder may still be at work: not released, renewed lately, not known to be gone."""
-        if self.released_s is not None or time.time() - self.renewed_s > expiry_s:
+        # A time far ahead is no time: its lease would never end.
+        if self.released_s is not None or not abs(time.time() - self.renewed_s) <= expiry_s:
             return False
         here = self.machine is not None and self.machine == _this_machine()
         return not here or _is_running(self.pid, self.pid_started)
@@ -79,7 +80,7 @@ def _is_running(pid: int, started: int | None) -> bool:
     """Whether a process of this machine is there, is more than a zombie, and is the one that started then."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass  # another user's process, which /proc may hide from us

@@ -35,18 +35,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy import ndarray
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from memray.cluster.lease import Lease
 from memray.cluster.storage import ClaimsAuthority, ObjectStorage, open_storage, patiently
+from memray.sweep import explain
 
 Json = dict[str, Any]
+T = TypeVar("T")
 # The kinds of records beside the measurements.
 TABLES = ("tokens", "strings", "context", "matrix", "samples")
 State = Literal["planned", "running", "failed", "finished"]
@@ -93,6 +97,65 @@ def _offenders(value: object, place: str) -> Iterator[tuple[str, object]]:
             yield from _offenders(item, f"{place}[{index}]")
     elif not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
         yield place, value
+
+
+def _read_object(data: bytes, where: str) -> Json:
+    """A JSON object that was written here.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} must be a JSON object, but is torn or was edited: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{where} must be a JSON object, but is torn or was edited: it is a {type(document).__name__}")
+    return document
+
+
+def _read_objects(data: bytes, where: str) -> list[Json]:
+    return [_read_object(line, f"line {number} of {where}") for number, line in enumerate(data.splitlines(), start=1)]
+
+
+@functools.cache
+def _adapter(kind: type) -> TypeAdapter:
+    return TypeAdapter(kind)
+
+
+def _as(kind: type[T], document: Json, where: str) -> T:
+    """A document as what it says, with every field of the type that it must have.
+
+    Raises:
+        ValueError: If it is another one.
+    """
+    try:
+        return _adapter(kind).validate_python(document)
+    except ValidationError as error:
+        raise ValueError(
+            f"{where} must say all that this version reads, but was edited or is of another version: {explain(error)}"
+        ) from error
+
+
+def _read_table(data: bytes, where: str) -> pa.Table:
+    try:
+        return pq.ParquetFile(pa.BufferReader(data)).read()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{where} must be a table of Parquet, but is torn or was edited: {error}") from error
+
+
+def _inside(path: str) -> str:
+    """A path from a document, which must lead below the folder that it is taken from."""
+    if not re.fullmatch(r"\w[\w.\-]*(/\w[\w.\-]*)*", path, flags=re.ASCII):
+        raise ValueError(f"a path must lead into the trial's folder, but got {path[:200]!r}")
+    return path
+
+
+# What documents from a storage may name: others who write to it must not have files read or written elsewhere.
+_Inside = Annotated[str, AfterValidator(_inside)]
+_Table = Annotated[str, Field(pattern=r"^[a-z]+/[0-9]{4,}-[0-9]{4,}\.parquet$")]
+_Weights = Annotated[str, Field(pattern=r"^weights/[0-9]{4,}-[0-9]{6,}\.safetensors$")]
+_Number = Annotated[int, Field(ge=0, le=10**6)]
 
 
 def _segment(kind: str, attempt: int, number: int) -> str:
@@ -144,12 +207,26 @@ class Finished:
         summary: What the caller had to say of the whole trial.
     """
 
-    attempt: int
-    segments: int
+    attempt: _Number
+    segments: _Number
     finished_ms: int
     measurements_sha256: str
-    files: dict[str, str]
+    files: dict[_Inside, str]
     summary: Json
+
+
+@dataclass(frozen=True)
+class _Created:
+    """What `created.json` says."""
+
+    created_ms: int
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """What of `failed-<attempt>.json` is read."""
+
+    traceback: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +243,12 @@ class KeptCheckpoint:
         about: What the caller had to say of it.
     """
 
-    attempt: int
-    epoch: int
-    segments: int
-    records: list[str]
-    weights: list[str]
-    files: dict[str, str]
+    attempt: _Number
+    epoch: _Number
+    segments: _Number
+    records: list[_Table]
+    weights: list[_Weights]
+    files: dict[_Inside, str]
     about: Json
 
     @property
@@ -291,7 +368,7 @@ class Ledger:
     def mark(self) -> str | None:
         """What `check_writable` wrote last; None where it never did."""
         try:
-            return self.storage.read_bytes(f"{self.sweep}/.writable").decode()
+            return self.storage.read_bytes(f"{self.sweep}/.writable").decode(errors="replace")
         except FileNotFoundError:
             return None
 
@@ -305,6 +382,9 @@ def _file_name(name: str, what: str) -> str:
         raise ValueError(
             f"{what} must consist of letters, digits, '_', '-' and '.' and begin with none of '-.', but got {name!r}"
         )
+    # File systems take 255, of which the name of a file that is being written needs some.
+    if len(name) > 200:
+        raise ValueError(f"{what} must have at most 200 letters, but has {len(name)}: {name!r}")
     return name
 
 
@@ -314,7 +394,7 @@ class TrialFolder:
     def __init__(self, ledger: Ledger, trial_id: str, probes_id: str | None = None):
         self.ledger = ledger
         self.trial_id = _file_name(trial_id, "a trial id")
-        self.probes_id = probes_id
+        self.probes_id = None if probes_id is None else _file_name(probes_id, "an id of probes")
 
     @property
     def is_added(self) -> bool:
@@ -340,11 +420,10 @@ class TrialFolder:
     def _read_json(self, name: str) -> Json | None:
         """The document, or None where there is no such file."""
         try:
-            return dict(json.loads(self._read(name)))
+            data = self._read(name)
         except FileNotFoundError:
             return None
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self._path(name)} must be a JSON object, but is torn or was edited: {error}") from error
+        return _read_object(data, self._path(name))
 
     def _newest_attempt(self) -> int:
         """The highest attempt that was ever claimed; 0 before the first."""
@@ -353,9 +432,10 @@ class TrialFolder:
 
     def _live_lease(self, attempt: int) -> Lease | None:
         """The lease of an attempt if it is live; a torn one is dead, which costs at most work."""
+        name = f"leases/{attempt:04d}.json"
         try:
-            lease = Lease(**(self._read_json(f"leases/{attempt:04d}.json") or {}))
-        except (TypeError, ValueError):
+            lease = _as(Lease, self._read_json(name) or {}, self._path(name))
+        except ValueError:
             return None
         return lease if lease.is_live(self.ledger.expiry_s) else None
 
@@ -379,6 +459,8 @@ class TrialFolder:
             return self._read("spec.json").decode()
         except FileNotFoundError:
             return None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self._path('spec.json')} must be JSON, but is torn or was edited: {error}") from error
 
     def created_ms(self) -> int | None:
         """When the trial was first claimed, in milliseconds since 1970; the same for all its attempts.
@@ -386,21 +468,29 @@ class TrialFolder:
         None if it never was.
         """
         document = self._read_json("created.json")
-        return None if document is None else document["created_ms"]
+        return None if document is None else _as(_Created, document, self._path("created.json")).created_ms
 
     def finished(self) -> Finished | None:
-        """What the trial ended with; None while it has not."""
+        """What the trial ended with; None while it has not.
+
+        Raises:
+            ValueError: If the document was edited.
+        """
         document = self._read_json("finished.json")
         if document is None:
             return None
-        return Finished(**{name: value for name, value in document.items() if name != "sha256"})
+        finished = _as(Finished, document, self._path("finished.json"))
+        if document != _sealed(finished):
+            raise ValueError(f"{self._path('finished.json')} does not match its own digest: it was edited")
+        return finished
 
     def failure(self) -> str | None:
         """The traceback of the newest attempt, if that failed and the trial did not finish."""
         if self._exists("finished.json"):
             return None
-        document = self._read_json(f"failed-{self._newest_attempt():04d}.json")
-        return None if document is None else document["traceback"]
+        name = f"failed-{self._newest_attempt():04d}.json"
+        document = self._read_json(name)
+        return None if document is None else _as(_Failed, document, self._path(name)).traceback
 
     def _committed(self) -> tuple[Cursor, Finished | None]:
         """The attempt that readers read and its number of whole segments."""
@@ -421,12 +511,21 @@ class TrialFolder:
 
         Returns:
             The measurements, and the cursor to ask with next.
+
+        Raises:
+            ValueError: If some were edited or are gone; of a finished trial, if all are asked for and any was.
         """
-        end, _ = self._committed()
+        end, finished = self._committed()
         start = after.segment if after.attempt == end.attempt else 0
-        numbers = range(start + 1, end.segment + 1)
-        lines = b"".join(self._read(_segment("measurements", end.attempt, number)) for number in numbers)
-        return [json.loads(line) for line in lines.splitlines()], end
+        names = [_segment("measurements", end.attempt, number) for number in range(start + 1, end.segment + 1)]
+        try:
+            lines = b"".join(map(self._read, names))
+        except FileNotFoundError as error:
+            raise ValueError(f"{self._path('measurements')} must hold {end.segment} segments of attempt {end.attempt}, "
+                             f"but one is missing ({error})") from error  # fmt: skip
+        if finished is not None and start == 0 and _digest(lines) != finished.measurements_sha256:
+            raise ValueError(f"{self._path('measurements')} does not match the digest of what the trial ended with")
+        return _read_objects(lines, self._path("measurements")), end
 
     def tokens(self) -> pa.Table:
         """All per-token records in the order of appending; a table without columns if there are none."""
@@ -450,39 +549,65 @@ class TrialFolder:
 
     def _table(self, kind: str) -> pa.Table:
         end, finished = self._committed()
-        return self._read_tables(kind, end, None if finished is None else set(finished.files))
+        return self._read_tables(kind, end, None if finished is None else finished.files)
 
-    def _read_tables(self, kind: str, end: Cursor, present: set[str] | None = None) -> pa.Table:
+    def _read_tables(self, kind: str, end: Cursor, digests: Mapping[str, str | None] | None = None) -> pa.Table:
         """The records of an attempt's segments up to a cursor, of which not all must have some.
 
         Args:
-            present: The paths that must be there; None reads those that are.
+            digests: The paths that must be there, with their digests where these are known; None reads those that are.
         """
-        if present is None:
-            present = {f"{kind}/{name}" for name in self.ledger.storage.list(self._path(kind))}
-        paths = [path for path in _segments(kind, end) if path in present]
-        tables = [pq.ParquetFile(pa.BufferReader(self._read(path))).read() for path in paths]
-        # A later segment may have columns that an earlier one lacks.
-        return pa.concat_tables(tables, promote_options="default") if tables else pa.table({})
+        if digests is None:
+            digests = dict.fromkeys(f"{kind}/{name}" for name in self.ledger.storage.list(self._path(kind)))
+        paths = [path for path in _segments(kind, end) if path in digests]
+        tables = [_read_table(self._read_checked(path, digests[path]), self._path(path)) for path in paths]
+        try:
+            # A later segment may have columns that an earlier one lacks.
+            return pa.concat_tables(tables, promote_options="default") if tables else pa.table({})
+        except pa.ArrowException as error:
+            raise ValueError(f"the tables in {self._path(kind)} must be of one kind, but are not: {error}") from error
+
+    def _read_checked(self, path: str, digest: str | None) -> bytes:
+        """A file of a result, as it was written.
+
+        Raises:
+            ValueError: If it was edited.
+        """
+        data = self._read(path)
+        if digest is not None and _digest(data) != digest:
+            raise ValueError(f"{self._path(path)} does not match its digest: it was edited")
+        return data
 
     def kept_weights(self) -> dict[int, str]:
         """The epochs whose weights a finished trial keeps, with the file of each."""
         finished = self.finished()
-        paths = [path for path in finished.files if path.startswith("weights/")] if finished else []
-        return {int(path.rpartition("-")[2].removesuffix(".safetensors")): path for path in paths}
+        paths = finished.files if finished else {}
+        found = {path: re.fullmatch(r"weights/\d+-(\d+)\.safetensors", path) for path in paths}
+        return {int(match[1]): path for path, match in found.items() if match}
 
     def read_weights(self, path: str) -> dict[str, ndarray]:
-        """The weights in one of these files, by name."""
-        return load_safetensors(self._read(path))
+        """The weights in one of these files, by name.
+
+        Raises:
+            ValueError: If the file was edited.
+        """
+        finished = self.finished()
+        data = self._read_checked(path, finished.files.get(path) if finished else None)
+        try:
+            return load_safetensors(data)
+        except SafetensorError as error:
+            raise ValueError(f"{self._path(path)} must hold safetensors, but does not: {error}") from error
 
     def checkpoint(self) -> KeptCheckpoint | None:
         """The newest whole checkpoint; None if there is none."""
         names = self.ledger.storage.list(self._path("checkpoints"))
         newest = max((name for name in names if re.fullmatch(r"\d{4,}-\d{6,}\.json", name)), default=None)
-        document = newest and self._read_json(f"checkpoints/{newest}")
+        if newest is None:
+            return None
         try:
-            return KeptCheckpoint(**document) if document else None
-        except TypeError as error:
+            document = self._read_json(f"checkpoints/{newest}")
+            return None if document is None else _as(KeptCheckpoint, document, "a checkpoint")
+        except ValueError as error:
             raise ValueError(
                 f"a checkpoint must say all that this version reads, but {self._path('checkpoints')}/{newest} does not "
                 f"({error}); delete that folder to train from the start"
@@ -497,14 +622,14 @@ class TrialFolder:
         """
         cursor = Cursor(checkpoint.attempt, checkpoint.segments)
         try:
-            lines = [self._read(path) for path in _segments("measurements", cursor)]
-            tables = {kind: self._read_tables(kind, cursor, {*checkpoint.records}) for kind in TABLES}
+            lines = b"".join(self._read(path) for path in _segments("measurements", cursor))
+            tables = {kind: self._read_tables(kind, cursor, dict.fromkeys(checkpoint.records)) for kind in TABLES}
         except FileNotFoundError as error:
             raise ValueError(
                 f"a checkpoint needs all measurements before it, but one is gone ({error}); delete "
                 f"{self._path('checkpoints')} to train from the start"
             ) from error
-        return [json.loads(line) for line in b"".join(lines).splitlines()], tables
+        return _read_objects(lines, self._path("measurements")), tables
 
     def fetch_checkpoint(self, checkpoint: KeptCheckpoint, into: Path) -> None:
         """Make the engine's files of a checkpoint readable in a local folder.
@@ -535,13 +660,12 @@ class TrialFolder:
             A sentence for each file that does not match; none if all do, or if the trial is not finished.
         """
         try:
-            document, finished = self._read_json("finished.json"), self.finished()
-        except (TypeError, ValueError) as error:
-            return [f"finished.json of trial {self.trial_id} cannot be read: {error}"]
-        if document is None or finished is None:
+            finished = self.finished()
+        except ValueError as error:
+            return [f"trial {self.trial_id}: {error}"]
+        if finished is None:
             return []
-        found = [] if document == _sealed(finished) else ["finished.json does not match its own digest"]
-        found += [f"{name} {how}" for name, how in self._differences(finished.files)]
+        found = [f"{name} {how}" for name, how in self._differences(finished.files)]
         numbers = range(1, finished.segments + 1)
         names = [_segment("measurements", finished.attempt, number) for number in numbers]
         missing = [name for name in names if not self._exists(name)]

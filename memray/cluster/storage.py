@@ -19,6 +19,10 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import pyarrow.fs as pa_fs
 
+from memray.cluster.sealing import unseal
+
+unseal()  # in the processes of a job, which open the storage with the keys that it was sent
+
 # Bytes of a large file that are in memory at once.
 COPIED_AT_ONCE = 2**24
 # Seconds between two tries at a storage that refuses.
@@ -32,9 +36,11 @@ class StorageError(OSError):
 
 
 def without_passwords(text: str) -> str:
-    """A text with the passwords left out that stand in its URIs: for whatever is printed or kept."""
-    # The keys of buckets have slashes, which should not stand so in a URI, and do.
-    return re.sub(r"(?<=://)([^/\s:@]*):\S*@", r"\1:…@", text)
+    """A text with the passwords left out that stand in its URIs: for whatever is printed or kept.
+
+    Up to the last @ of a word, for keys of buckets have slashes, and URIs that are wrong for that are told too.
+    """
+    return re.sub(r"(?<=://)([^/\s:@]*):[^\s'\"]*@", r"\1:…@", text)
 
 
 @contextlib.contextmanager

@@ -424,7 +424,7 @@ def test_an_edited_summary_or_an_added_segment_is_noticed(ledger: Ledger):
     folder = finish_a_trial(ledger)
     whole = read(ledger, "finished.json")
     write(ledger, "finished.json", whole.replace(b'"epochs":2', b'"epochs":3'))
-    assert folder.verify() == ["trial trial: finished.json does not match its own digest"]
+    assert folder.verify() == ["trial trial: sweep/trial/finished.json does not match its own digest: it was edited"]
     write(ledger, "finished.json", whole[:-9])
     assert "is torn or was edited" in folder.verify()[0]
     write(ledger, "finished.json", whole)
