@@ -26,6 +26,7 @@ def epochs_written(study_folder: StudyFolder) -> int:
     return len(list(study_folder.storage.glob("small/*/measurements/*.jsonl")))
 
 
+@pytest.mark.timeout(600)
 def test_a_launch_that_is_asked_to_leave_keeps_checkpoints_and_is_continued(study_folder: StudyFolder) -> None:
     process = study_folder.start("run", *LONG)
     wait_for(lambda: epochs_written(study_folder) >= 1, 120, process)
@@ -42,6 +43,7 @@ def test_a_launch_that_is_asked_to_leave_keeps_checkpoints_and_is_continued(stud
     assert_undisturbed(study_folder, epochs=300)
 
 
+@pytest.mark.timeout(600)
 def test_a_trial_whose_processes_are_taken_back_time_and_again_goes_on_elsewhere(study_folder: StudyFolder) -> None:
     options = (*LONG, "-p", "seeds=1", "-p", "alphabet_sizes=[7]")
     process = study_folder.start("run", *options)

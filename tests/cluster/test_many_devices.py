@@ -233,6 +233,7 @@ def test_a_trial_killed_twice_ends_bit_identical(
     assert "0 differences" in study_folder.run("audit", *options).stdout
 
 
+@pytest.mark.timeout(600)
 def test_a_worker_that_is_asked_to_leave_keeps_a_checkpoint_of_all_and_the_trial_goes_on(
     study_folder: StudyFolder, head: Head, undisturbed: dict[str, str]
 ) -> None:

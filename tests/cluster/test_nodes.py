@@ -96,6 +96,7 @@ def test_what_serves_all_trials_is_kept_off_nodes_that_may_be_taken_away(cluster
     assert not set(nodes.values()) & set(spot)
 
 
+@pytest.mark.timeout(600)
 def test_nodes_that_join_are_used_and_one_that_is_lost_in_mid_trial_loses_nothing(
     cluster: Cluster, study_folder: StudyFolder
 ) -> None:
@@ -118,6 +119,7 @@ def ledger_of(study_folder: StudyFolder) -> Ledger:
     return Ledger(str(study_folder.storage), "small")
 
 
+@pytest.mark.timeout(600)
 def test_weights_whose_owner_is_killed_are_loaded_again(tmp_path: Path) -> None:
     load_model(ModelSpec(), seed=3).save_pretrained(tmp_path / "model")
     character_tokenizer().save_pretrained(tmp_path / "model")

@@ -159,6 +159,7 @@ def assert_undisturbed_here(study_folder: StudyFolder, **parameters: object) -> 
 
 
 @pytest.mark.fault
+@pytest.mark.timeout(600)
 def test_a_storage_that_refuses_for_a_while_is_waited_for(small_disk: StudyFolder) -> None:
     process = small_disk.start("run", *LONG, "-p", "seeds=1")
     wait_for(lambda: list(small_disk.storage.glob("small/*/measurements/*.jsonl")), 120, process)
@@ -173,6 +174,7 @@ def test_a_storage_that_refuses_for_a_while_is_waited_for(small_disk: StudyFolde
 
 
 @pytest.mark.fault
+@pytest.mark.timeout(600)
 def test_a_full_disk_is_said_and_the_sweep_goes_on_once_there_is_room(small_disk: StudyFolder) -> None:
     process = small_disk.start("run", *LONG, "-p", "seeds=1")
     wait_for(lambda: list(small_disk.storage.glob("small/*/measurements/*.jsonl")), 120, process)
