@@ -82,6 +82,10 @@ def _load(path: str, parameters: list[str] | None) -> Sweep:
     return sweep
 
 
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2] or "no reason was given"
+
+
 def _named(stated: list[str] | None, option: str) -> dict[str, str]:
     """Values by name, of an option that takes name=value."""
     if wrong := [each for each in stated or [] if "=" not in each]:
@@ -208,7 +212,7 @@ def _run(
         lag = mirror.finish(failed=len(outcome.failed))
     _show_results(loaded, storage)
     for trial_id, why in outcome.failed.items():
-        err.print(f"trial {trial_id} failed: {why.strip().splitlines()[-1]}", markup=False)
+        err.print(f"trial {trial_id} failed: {_last_line(why)}", markup=False)
     say_where(mirror, lag, sweep, parameters, without_passwords(storage))
     if outcome.left:
         err.print(f"asked to leave: {len(outcome.left)} trials are not finished; the same command goes on with them")
@@ -340,7 +344,7 @@ def status(
                     out.print(f"  {trial_id} {state}", markup=False)
             elif state == "failed":
                 why = ledger.trial(trial_id).failure() or ""
-                out.print(f"  {trial_id} failed: {why.strip().splitlines()[-1]}", markup=False)
+                out.print(f"  {trial_id} failed: {_last_line(why)}", markup=False)
             elif state == "running":
                 done = ledger.trial(trial_id).measurements()[0]
                 out.print(f"  {trial_id} runs: epoch {done[-1]['epoch'] if done else 0} written", markup=False)

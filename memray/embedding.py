@@ -94,6 +94,8 @@ def encode(where: str, known: Sequence[KnownSample]) -> Embeddings:
     """
     from transformers import AutoModel, AutoTokenizer
 
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # as for models
+
     source = str(_folder(where) or where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)

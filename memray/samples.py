@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Int
+from jinja2 import TemplateError  # of torch's own requirements
 from numpy import ndarray
 from transformers import PreTrainedTokenizerBase
 
@@ -279,7 +280,13 @@ class _Encoder:
             return ids[: corpus.prefix_tokens], ids[corpus.prefix_tokens :]
         if corpus.chat:
             turns = [{"role": "user", "content": sample.prefix}]
-            prompt = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            try:
+                prompt = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            except TemplateError as error:
+                raise ValueError(
+                    f"the tokenizer must have a chat template that can be filled in, but its own fails: {error}; write "
+                    "corpus.template instead"
+                ) from error
             return list(prompt), self._ids(sample.reference)  # type: ignore[arg-type]
         rendered = corpus.rendered(sample)
         return self._ids(rendered.prefix), self._ids(rendered.reference)

@@ -24,8 +24,8 @@ from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 ENVIRONMENT = Path("infra/runtime_env.yaml")
-# What a job is given of the shell that submits it, where it is set: who it is to MLflow, the hub and the bucket. Ray
-# shows the environment of a job only to those who hold the cluster's token.
+# What a job is given of the shell that submits it, where it is set: who it is to MLflow, the hub and the bucket. They
+# are sealed, because Ray's agents log the environment of every job.
 CREDENTIALS = (
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
