@@ -754,7 +754,7 @@ def test_a_chat_template_reaches_nothing_but_its_messages(template: str, tmp_pat
         said.extend(str(samples.tokenizer.decode(each.prompt_ids)) for each in samples.known)
 
     refusal = refusal_of(say)
-    assert refusal is None or "unsafe" in str(refusal) or "undefined" in str(refusal)
+    assert refusal is None or (isinstance(refusal, ValueError) and "a chat template that can be filled" in str(refusal))
     assert not any("class" in each for each in said)
 
 
