@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from jaxtyping import Float32, Int
@@ -21,6 +21,7 @@ from torch import nn
 
 from memray.finetune import scoring_passes
 from memray.measures.similarity import collapse, nearest_neighbour, similarity
+from memray.models import fetch
 from memray.samples import NATIVE, KnownSample, Samples
 from memray.scoring import body_and_head
 
@@ -129,7 +130,7 @@ def download_encoder(where: str) -> None:
         ValueError: If the hub cannot be reached, or has no such encoder.
     """
     try:
-        snapshot_download(where, allow_patterns=["*.json", "*.model", "*.txt", "*.safetensors"])
+        fetch(where, None, ["*.json", "*.model", "*.txt", "*.safetensors"])
     except (OSError, ValueError) as error:
         raise _refusal(where, f"cannot be fetched: {' '.join(str(error).split())}") from error
 

@@ -148,14 +148,23 @@ def download(spec: ModelSpec) -> None:
     where, revision = _location(spec)
     patterns = ["*.json", "*.model", "*.txt"] + (["*.safetensors"] if spec.pretrained else [])
     with _readable(where, revision):
-        for waits_s in (*BUSY_HUB_S, None):
-            try:
-                snapshot_download(where, revision=revision, allow_patterns=patterns)
-                return
-            except LocalEntryNotFoundError as error:
-                if waits_s is None or not _is_busy(error):
-                    raise
-                time.sleep(waits_s)
+        fetch(where, revision, patterns)
+
+
+def fetch(where: str, revision: str | None, patterns: Sequence[str]) -> None:
+    """Fetches the files of a repository whose names match, waiting for a hub that is busy.
+
+    Raises:
+        OSError, ValueError: What the hub's client says if it cannot.
+    """
+    for waits_s in (*BUSY_HUB_S, None):
+        try:
+            snapshot_download(where, revision=revision, allow_patterns=list(patterns))
+            return
+        except LocalEntryNotFoundError as error:
+            if waits_s is None or not _is_busy(error):
+                raise
+            time.sleep(waits_s)
 
 
 def _is_busy(error: LocalEntryNotFoundError) -> bool:

@@ -11,7 +11,7 @@ from mlflow.tracking import MlflowClient
 
 from memray.cluster.ledger import Ledger, TrialFolder
 from memray.cluster.storage import without_passwords
-from memray.cluster.tracking import cell_measurements, points, shown
+from memray.cluster.tracking import all_points, cell_measurements, points, shown
 from memray.material import known_strings, source_of
 from memray.measurement import remeasure
 from memray.sample_measurement import remeasure_samples
@@ -115,12 +115,8 @@ def _cell(trials: Sequence[TrialSpec], ledger: Ledger, client: MlflowClient, run
 
 def _points(expected_points: Iterable[Metric], client: MlflowClient, run: Run) -> Iterator[str]:
     expected = Counter((each.key, each.step, each.timestamp, each.value) for each in expected_points)
-    keys = {key for key, *_ in expected} | run.data.metrics.keys()
-    found = Counter(
-        (point.key, point.step, point.timestamp, point.value)
-        for key in keys
-        for point in client.get_metric_history(run.info.run_id, key)
-    )
+    there = all_points(client, run, {key for key, *_ in expected})
+    found = Counter((point.key, point.step, point.timestamp, point.value) for point in there)
     for what, points_ in (("lacks", expected - found), ("has beside the ledger's", found - expected)):
         if points_:
             key, step, _, value = min(points_)

@@ -9,19 +9,18 @@ import gc
 import logging
 import os
 import re
-import signal
 import socket
 import tempfile
-import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, get_args, runtime_checkable
+from typing import Any
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a model's directory may be named from where the launch stands
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a banner even when it is told to be silent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -36,19 +35,16 @@ from ray import tune
 from ray.air.execution._internal import RayActorManager
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.tune.execution import class_cache, tune_controller
-from ray.tune.progress_reporter import TrialProgressCallback
-from ray.tune.search import BasicVariantGenerator
 from ray.tune.trainable.function_trainable import wrap_function
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from memray.cluster import metrics
-from memray.cluster.leaving import GRACE_S, leave_on_sigterm
-from memray.cluster.ledger import AlreadyFinished, Busy, Ledger, State
-from memray.cluster.probe_pool import ProbePool, probe_pool
-from memray.cluster.resources import Resources, concurrency, of_actor, off_spot, phases
+from memray.cluster.announcer import Announcer, Counts, Leaving, Room, Watcher, nodes_there
+from memray.cluster.leaving import leave_on_sigterm
+from memray.cluster.ledger import Ledger
+from memray.cluster.probe_pool import probe_pool
+from memray.cluster.resources import concurrency, of_actor, off_spot, phases
 from memray.cluster.storage import cluster_claims
 from memray.cluster.weights import start_weights_owner
-from memray.cost import cost
 from memray.spec import TrialSpec
 from memray.sweep import Sweep
 
@@ -59,29 +55,8 @@ class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_P
 # Retries of a trial whose actor died or raised, before the failure stands. One that has kept a checkpoint since starts
 # anew: over weeks a trial may lose more nodes than this.
 MAX_FAILURES = 2
-# Seconds between two looks at the nodes of the cluster, which come and go.
-NODES_S = 10.0
-# Seconds between two tellings of Prometheus.
-TELL_S = 5.0
 # A launch that meets foreign leases looks again after this time.
 WAIT_S = 5.0
-
-
-@runtime_checkable
-class Watcher(Protocol):
-    """Who is told how a launch goes on."""
-
-    def began(self, trials: int, concurrency: int) -> None: ...
-
-    def advanced(self, trial_id: str, epoch: int) -> None: ...
-
-    def ended(self, trial_id: str, state: State) -> None: ...
-
-    def says(self, text: str) -> None: ...
-
-    def lag(self) -> int:
-        """Trials of which MLflow lacks something."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -201,52 +176,6 @@ def launch(
     )
 
 
-class Leaving(tune.Stopper):
-    """SIGTERM at a launch: it asks its trials to leave, and Tune ends once they have, or the time of grace is over.
-
-    Attributes:
-        asked_s: When it came.
-        running: The trials that have to leave.
-    """
-
-    def __init__(self, ledger: Ledger, launch_name: str) -> None:
-        self.ledger = ledger
-        self.launch_name = launch_name
-        self.asked_s: float | None = None
-        self.has_asked = False
-        self.running: set[str] = set()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # as `Announcer`'s
-
-    def __enter__(self) -> "Leaving":
-        self.is_main = threading.current_thread() is threading.main_thread()
-        if self.is_main:
-            self.before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.is_main:
-            signal.signal(signal.SIGTERM, self.before)
-        self.ledger.forget_launch(self.launch_name)
-
-    def _note(self, *signalled: object) -> None:
-        self.asked_s = self.asked_s or time.monotonic()
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        """Whether Tune is to end; asked between its events."""
-        if self.asked_s is None:
-            return False
-        if not self.has_asked:
-            with contextlib.suppress(OSError):  # asked again at the next event
-                self.ledger.ask_to_leave(self.launch_name)
-                self.has_asked = True
-        return not self.running or time.monotonic() > self.asked_s + GRACE_S
-
-
 def check_shared(ledger: Ledger, mark: str) -> None:
     """Refuses a storage that some node of the cluster does not share with this one.
 
@@ -274,11 +203,6 @@ def _mark(ledger: Ledger) -> str | None:
     return ledger.mark()
 
 
-def _nodes() -> dict[str, Resources]:
-    """What each node of the cluster has to give, by its id."""
-    return {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
-
-
 def _launch_on_cluster(
     remaining: list[TrialSpec],
     ledger: Ledger,
@@ -288,7 +212,7 @@ def _launch_on_cluster(
     leaving: Leaving,
 ) -> dict[str, str]:
     """Runs the trials, and returns what Ray says of those whose folder could not even take the failure."""
-    nodes = _nodes()
+    nodes = nodes_there()
     concurrency(remaining, list(nodes.values()))  # before anything is started
     shared = Shared(
         ledger=ledger,
@@ -301,7 +225,7 @@ def _launch_on_cluster(
     has_begun = False
     while remaining:
         busy: dict[str, str] = {}
-        with probe_pool(remaining, _nodes() if has_begun else nodes, probe_actors) as pool:
+        with probe_pool(remaining, nodes_there() if has_begun else nodes, probe_actors) as pool:
             groups = [Room(group, pool, max_concurrent) for group in phases(remaining)]
             if not has_begun:
                 has_begun = True
@@ -322,42 +246,6 @@ def _launch_on_cluster(
     return deaths
 
 
-class Room:
-    """How many of some trials run side by side, as nodes come and go."""
-
-    def __init__(self, trials: Sequence[TrialSpec], pool: ProbePool, max_concurrent: int | None) -> None:
-        self.trials = trials
-        self.pool = pool
-        self.max_concurrent = max_concurrent
-
-    def now(self) -> int:
-        """
-        Raises:
-            ValueError: If a trial does not fit the nodes that are there now.
-        """
-        held = concurrency(self.trials, self.pool.leaves(_nodes()))
-        return min(held, self.max_concurrent or held)
-
-
-class Counts:
-    """The trials of a launch by their state, as Prometheus is told."""
-
-    def __init__(self, sweep: str, planned: Iterable[str]) -> None:
-        self.sweep = sweep
-        self.states: dict[str, State] = dict.fromkeys(planned, "planned")
-        self.told_s = 0.0
-
-    def tell(self, lag: int) -> None:
-        """Tells, unless it was told just now."""
-        if time.monotonic() - self.told_s < TELL_S:
-            return
-        self.told_s = time.monotonic()
-        states = list(self.states.values())
-        for state in get_args(State):
-            metrics.tell(metrics.TRIALS, states.count(state), {"sweep": self.sweep, "state": state})
-        metrics.tell(metrics.BEHIND, lag, {"sweep": self.sweep})
-
-
 @dataclass(frozen=True)
 class Shared:
     """What every trial of a launch is given."""
@@ -368,7 +256,7 @@ class Shared:
     probe_actors: list[Any]
 
 
-def run_on_tune(trials: Sequence[TrialSpec], shared: Shared, announcer: "Announcer") -> None:
+def run_on_tune(trials: Sequence[TrialSpec], shared: Shared, announcer: Announcer) -> None:
     """Lets Tune run each of the trials once."""
     by_id = {spec.trial_id(): spec for spec in trials}
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -425,93 +313,3 @@ def _run_in_actor(config: dict[str, Any], *, shared: Shared) -> None:
     from memray.cluster.actor import run_in_actor
 
     run_in_actor(config, **vars(shared))
-
-
-class Announcer(TrialProgressCallback):
-    """Hears from Tune how trials end, and tells the watcher; on the driver.
-
-    It takes the place of the callback that prints, which Tune adds whatever verbosity it is given.
-    """
-
-    def __init__(self, ledger: Ledger, watcher: Watcher, room: Room, leaving: Leaving, counts: Counts) -> None:
-        super().__init__()
-        self.ledger = ledger
-        self.watcher = watcher
-        self.room = room
-        self.leaving = leaving
-        self.counts = counts
-        self.searcher = BasicVariantGenerator(max_concurrent=room.now())
-        self.looked_s = time.monotonic()
-        self.checkpoints: dict[str, str] = {}
-        self.busy: dict[str, str] = {}
-        self.deaths: dict[str, str] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its callbacks into a snapshot that is never restored
-
-    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
-        trial_id = trial.config["cell"]["trial_id"]
-        if "busy" in result:
-            self.busy[trial_id] = result["busy"]
-        elif "died" in result:
-            self.deaths[trial_id] = result["died"]
-        elif "epoch" in result:
-            self.watcher.advanced(trial_id, result["epoch"])
-
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        trial_id = trial.config["cell"]["trial_id"]
-        self.leaving.running.discard(trial_id)
-        if trial_id in self.busy:
-            self.counts.states[trial_id] = "planned"
-        elif self.leaving.asked_s is None or self.ledger.trial(trial_id).state() == "finished":
-            self._ended(trial_id)
-
-    def _ended(self, trial_id: str) -> None:
-        state = "failed" if trial_id in self.deaths else self.ledger.trial(trial_id).state()
-        self.counts.states[trial_id] = state
-        self.watcher.ended(trial_id, state)
-
-    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
-        self.counts.tell(self.watcher.lag())
-        if time.monotonic() - self.looked_s > NODES_S:
-            self.looked_s = time.monotonic()
-            with contextlib.suppress(ValueError):  # no node now: what has been begun waits for the next
-                self.searcher.max_concurrent = self.room.now()
-
-    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        trial_id = trial.config["cell"]["trial_id"]
-        self.counts.states[trial_id] = "running"
-        if self.leaving.asked_s is None:
-            self.leaving.running.add(trial_id)
-
-    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        trial_id = trial.config["cell"]["trial_id"]
-        self.leaving.running.discard(trial_id)
-        self.counts.states[trial_id] = "planned"
-        with contextlib.suppress(ValueError, OSError):  # one that cannot be read is no progress
-            checkpoint = self.ledger.trial(trial_id).checkpoint()
-            if checkpoint is not None and checkpoint.name != self.checkpoints.get(trial_id):
-                self.checkpoints[trial_id] = checkpoint.name
-                trial.run_metadata.num_failures = 0
-
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        trial_id = trial.config["cell"]["trial_id"]
-        spec = TrialSpec.model_validate_json(trial.config["cell"]["spec"])
-        said = Path(trial.error_file).read_text() if trial.error_file else "the actor died and Ray gave no reason"
-        if "OutOfMemoryError" in said:
-            said += (
-                f"\nout of memory: Ray ended the trial as its node ran low. It was planned to take "
-                f"{cost(spec).peak_gib:.1f} GiB a device; run fewer side by side with --max-concurrent, set "
-                "training.strings_per_forward, or give it larger nodes"
-            )
-        self.leaving.running.discard(trial_id)
-        folder = self.ledger.trial(trial_id)
-        if folder.state() not in ("failed", "finished"):
-            try:
-                # An actor that was killed has left no traceback; what Ray says of it stands in its place.
-                with folder.claim(spec.canonical_json(), self.leaving.launch_name) as attempt:
-                    attempt.fail(said)
-            except (Busy, AlreadyFinished, ValueError, OSError) as error:
-                # One folder that cannot be written must not end the sweep, as an error in a callback of Tune's would.
-                self.deaths[trial_id] = f"{said}\n{error}"
-        self._ended(trial_id)

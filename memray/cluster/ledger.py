@@ -22,37 +22,48 @@ The ledger knows nothing of what the numbers mean, of MLflow, or of who schedule
 
 import contextlib
 import functools
-import hashlib
-import io
-import json
-import math
 import re
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy import ndarray
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from memray.cluster.documents import (
+    START,
+    TABLES,
+    Created,
+    Cursor,
+    Failed,
+    Finished,
+    Json,
+    KeptCheckpoint,
+    checkpoint_path,
+    encode,
+    parquet,
+    parsed,
+    read_object,
+    read_objects,
+    read_table,
+    sealed,
+    segment_path,
+    segment_paths,
+    sha256,
+    sha256_of_file,
+)
 from memray.cluster.lease import Lease
 from memray.cluster.storage import ClaimsAuthority, ObjectStorage, open_storage, patiently
-from memray.sweep import explain
 
-Json = dict[str, Any]
-T = TypeVar("T")
-# The kinds of records beside the measurements.
-TABLES = ("tokens", "strings", "context", "matrix", "samples")
 State = Literal["planned", "running", "failed", "finished"]
 
 
@@ -66,198 +77,6 @@ class Superseded(RuntimeError):  # noqa: N818
 
 class AlreadyFinished(RuntimeError):  # noqa: N818
     """The trial is finished, and there is nothing to claim."""
-
-
-# --- JSON and segments ----------------------------------------------------------------------------
-
-
-def _encode(document: Json, what: str) -> bytes:
-    """One line of JSON whose floats read back to the last bit.
-
-    Raises:
-        ValueError: If a value is no JSON: nan and infinity included, for a missing number is left out.
-    """
-    try:
-        return json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
-    except (TypeError, ValueError) as error:
-        place, value = next(_offenders(document, ""), ("a value", error))
-        raise ValueError(
-            f"{what} must hold only JSON with finite numbers, but {place} is {value!r}; leave a missing "
-            "number out, and turn arrays into lists"
-        ) from error
-
-
-def _offenders(value: object, place: str) -> Iterator[tuple[str, object]]:
-    """Everything in a nested value that JSON cannot say, with where it stands."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _offenders(item, f"{place}[{key!r}]")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _offenders(item, f"{place}[{index}]")
-    elif not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
-        yield place, value
-
-
-def _read_object(data: bytes, where: str) -> Json:
-    """A JSON object that was written here.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} must be a JSON object, but is torn or was edited: {error}") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{where} must be a JSON object, but is torn or was edited: it is a {type(document).__name__}")
-    return document
-
-
-def _read_objects(data: bytes, where: str) -> list[Json]:
-    return [_read_object(line, f"line {number} of {where}") for number, line in enumerate(data.splitlines(), start=1)]
-
-
-@functools.cache
-def _adapter(kind: type) -> TypeAdapter:
-    return TypeAdapter(kind)
-
-
-def _as(kind: type[T], document: Json, where: str) -> T:
-    """A document as what it says, with every field of the type that it must have.
-
-    Raises:
-        ValueError: If it is another one.
-    """
-    try:
-        return _adapter(kind).validate_python(document)
-    except ValidationError as error:
-        raise ValueError(
-            f"{where} must say all that this version reads, but was edited or is of another version: {explain(error)}"
-        ) from error
-
-
-def _read_table(data: bytes, where: str) -> pa.Table:
-    try:
-        return pq.ParquetFile(pa.BufferReader(data)).read()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{where} must be a table of Parquet, but is torn or was edited: {error}") from error
-
-
-def _inside(path: str) -> str:
-    """A path from a document, which must lead below the folder that it is taken from."""
-    if not re.fullmatch(r"\w[\w.\-]*(/\w[\w.\-]*)*", path, flags=re.ASCII):
-        raise ValueError(f"a path must lead into the trial's folder, but got {path[:200]!r}")
-    return path
-
-
-# What documents from a storage may name: others who write to it must not have files read or written elsewhere.
-_Inside = Annotated[str, AfterValidator(_inside)]
-_Table = Annotated[str, Field(pattern=r"^[a-z]+/[0-9]{4,}-[0-9]{4,}\.parquet$")]
-_Weights = Annotated[str, Field(pattern=r"^weights/[0-9]{4,}-[0-9]{6,}\.safetensors$")]
-_Number = Annotated[int, Field(ge=0, le=10**6)]
-
-
-def _segment(kind: str, attempt: int, number: int) -> str:
-    extension = "jsonl" if kind == "measurements" else "parquet"
-    return f"{kind}/{attempt:04d}-{number:04d}.{extension}"
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _digest_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class Cursor(NamedTuple):
-    """How far a reader has come: the segments of one attempt. It survives JSON as a list of two."""
-
-    attempt: int
-    segment: int
-
-
-START = Cursor(attempt=0, segment=0)
-
-
-def _segments(kind: str, end: Cursor) -> list[str]:
-    """The paths of an attempt's segments up to a cursor."""
-    return [_segment(kind, end.attempt, number) for number in range(1, end.segment + 1)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finished:
-    """What `finished.json` says.
-
-    Attributes:
-        attempt: The attempt whose segments are the result.
-        segments: How many it committed, numbered from 1.
-        finished_ms: When, in milliseconds since 1970.
-        measurements_sha256: Over all measurement lines in order, however they were cut into segments: two
-            trials that measured the same bits have the same digest.
-        files: sha256 of every other file of the result, by its path in the folder.
-        summary: What the caller had to say of the whole trial.
-    """
-
-    attempt: _Number
-    segments: _Number
-    finished_ms: int
-    measurements_sha256: str
-    files: dict[_Inside, str]
-    summary: Json
-
-
-@dataclass(frozen=True)
-class _Created:
-    """What `created.json` says."""
-
-    created_ms: int
-
-
-@dataclass(frozen=True)
-class _Failed:
-    """What of `failed-<attempt>.json` is read."""
-
-    traceback: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeptCheckpoint:
-    """What a checkpoint's JSON says.
-
-    Attributes:
-        attempt: The attempt that made it.
-        epoch: The epoch whose weights it holds.
-        segments: The attempt's committed segments, which hold all earlier epochs.
-        records: Paths of the segments' tables.
-        weights: Names of the kept weights of these epochs.
-        files: sha256 of each of the engine's files, by name.
-        about: What the caller had to say of it.
-    """
-
-    attempt: _Number
-    epoch: _Number
-    segments: _Number
-    records: list[_Table]
-    weights: list[_Weights]
-    files: dict[_Inside, str]
-    about: Json
-
-    @property
-    def name(self) -> str:
-        return _checkpoint(self.attempt, self.epoch)
-
-
-def _checkpoint(attempt: int, epoch: int) -> str:
-    return f"checkpoints/{attempt:04d}-{epoch:06d}"
 
 
 # --- The ledger -----------------------------------------------------------------------------------
@@ -423,7 +242,7 @@ class TrialFolder:
             data = self._read(name)
         except FileNotFoundError:
             return None
-        return _read_object(data, self._path(name))
+        return read_object(data, self._path(name))
 
     def _newest_attempt(self) -> int:
         """The highest attempt that was ever claimed; 0 before the first."""
@@ -434,7 +253,7 @@ class TrialFolder:
         """The lease of an attempt if it is live; a torn one is dead, which costs at most work."""
         name = f"leases/{attempt:04d}.json"
         try:
-            lease = _as(Lease, self._read_json(name) or {}, self._path(name))
+            lease = parsed(Lease, self._read_json(name) or {}, self._path(name))
         except ValueError:
             return None
         return lease if lease.is_live(self.ledger.expiry_s) else None
@@ -468,7 +287,7 @@ class TrialFolder:
         None if it never was.
         """
         document = self._read_json("created.json")
-        return None if document is None else _as(_Created, document, self._path("created.json")).created_ms
+        return None if document is None else parsed(Created, document, self._path("created.json")).created_ms
 
     def finished(self) -> Finished | None:
         """What the trial ended with; None while it has not.
@@ -479,8 +298,8 @@ class TrialFolder:
         document = self._read_json("finished.json")
         if document is None:
             return None
-        finished = _as(Finished, document, self._path("finished.json"))
-        if document != _sealed(finished):
+        finished = parsed(Finished, document, self._path("finished.json"))
+        if document != sealed(finished):
             raise ValueError(f"{self._path('finished.json')} does not match its own digest: it was edited")
         return finished
 
@@ -490,7 +309,7 @@ class TrialFolder:
             return None
         name = f"failed-{self._newest_attempt():04d}.json"
         document = self._read_json(name)
-        return None if document is None else _as(_Failed, document, self._path(name)).traceback
+        return None if document is None else parsed(Failed, document, self._path(name)).traceback
 
     def _committed(self) -> tuple[Cursor, Finished | None]:
         """The attempt that readers read and its number of whole segments."""
@@ -517,15 +336,15 @@ class TrialFolder:
         """
         end, finished = self._committed()
         start = after.segment if after.attempt == end.attempt else 0
-        names = [_segment("measurements", end.attempt, number) for number in range(start + 1, end.segment + 1)]
+        names = [segment_path("measurements", end.attempt, number) for number in range(start + 1, end.segment + 1)]
         try:
             lines = b"".join(map(self._read, names))
         except FileNotFoundError as error:
             raise ValueError(f"{self._path('measurements')} must hold {end.segment} segments of attempt {end.attempt}, "
                              f"but one is missing ({error})") from error  # fmt: skip
-        if finished is not None and start == 0 and _digest(lines) != finished.measurements_sha256:
+        if finished is not None and start == 0 and sha256(lines) != finished.measurements_sha256:
             raise ValueError(f"{self._path('measurements')} does not match the digest of what the trial ended with")
-        return _read_objects(lines, self._path("measurements")), end
+        return read_objects(lines, self._path("measurements")), end
 
     def tokens(self) -> pa.Table:
         """All per-token records in the order of appending; a table without columns if there are none."""
@@ -559,8 +378,8 @@ class TrialFolder:
         """
         if digests is None:
             digests = dict.fromkeys(f"{kind}/{name}" for name in self.ledger.storage.list(self._path(kind)))
-        paths = [path for path in _segments(kind, end) if path in digests]
-        tables = [_read_table(self._read_checked(path, digests[path]), self._path(path)) for path in paths]
+        paths = [path for path in segment_paths(kind, end) if path in digests]
+        tables = [read_table(self._read_checked(path, digests[path]), self._path(path)) for path in paths]
         try:
             # A later segment may have columns that an earlier one lacks.
             return pa.concat_tables(tables, promote_options="default") if tables else pa.table({})
@@ -574,7 +393,7 @@ class TrialFolder:
             ValueError: If it was edited.
         """
         data = self._read(path)
-        if digest is not None and _digest(data) != digest:
+        if digest is not None and sha256(data) != digest:
             raise ValueError(f"{self._path(path)} does not match its digest: it was edited")
         return data
 
@@ -606,7 +425,7 @@ class TrialFolder:
             return None
         try:
             document = self._read_json(f"checkpoints/{newest}")
-            return None if document is None else _as(KeptCheckpoint, document, "a checkpoint")
+            return None if document is None else parsed(KeptCheckpoint, document, "a checkpoint")
         except ValueError as error:
             raise ValueError(
                 f"a checkpoint must say all that this version reads, but {self._path('checkpoints')}/{newest} does not "
@@ -622,14 +441,14 @@ class TrialFolder:
         """
         cursor = Cursor(checkpoint.attempt, checkpoint.segments)
         try:
-            lines = b"".join(self._read(path) for path in _segments("measurements", cursor))
+            lines = b"".join(self._read(path) for path in segment_paths("measurements", cursor))
             tables = {kind: self._read_tables(kind, cursor, dict.fromkeys(checkpoint.records)) for kind in TABLES}
         except FileNotFoundError as error:
             raise ValueError(
                 f"a checkpoint needs all measurements before it, but one is gone ({error}); delete "
                 f"{self._path('checkpoints')} to train from the start"
             ) from error
-        return _read_objects(lines, self._path("measurements")), tables
+        return read_objects(lines, self._path("measurements")), tables
 
     def fetch_checkpoint(self, checkpoint: KeptCheckpoint, into: Path) -> None:
         """Make the engine's files of a checkpoint readable in a local folder.
@@ -643,7 +462,7 @@ class TrialFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self.ledger.storage.fetch(self._path(f"{checkpoint.name}/{name}"), target)
-                found = _digest_of_file(target)
+                found = sha256_of_file(target)
             except FileNotFoundError:
                 found = "missing"
             if found != digest:
@@ -667,26 +486,26 @@ class TrialFolder:
             return []
         found = [f"{name} {how}" for name, how in self._differences(finished.files)]
         numbers = range(1, finished.segments + 1)
-        names = [_segment("measurements", finished.attempt, number) for number in numbers]
+        names = [segment_path("measurements", finished.attempt, number) for number in numbers]
         missing = [name for name in names if not self._exists(name)]
         found += [f"{name} is missing" for name in missing]
-        if not missing and _digest(b"".join(map(self._read, names))) != finished.measurements_sha256:
+        if not missing and sha256(b"".join(map(self._read, names))) != finished.measurements_sha256:
             found.append(f"{', '.join(names)} together do not match their digest")
-        extra = _segment("measurements", finished.attempt, finished.segments + 1)
+        extra = segment_path("measurements", finished.attempt, finished.segments + 1)
         found += [f"{extra} was added after the end"] if self._exists(extra) else []
         return [f"trial {self.trial_id}: {sentence}" for sentence in found]
 
     def _differences(self, digests: dict[str, str]) -> Iterator[tuple[str, str]]:
         for name, digest in digests.items():
             try:
-                if _digest(self._read(name)) != digest:
+                if sha256(self._read(name)) != digest:
                     yield name, "does not match its digest"
             except FileNotFoundError:
                 yield name, "is missing"
 
     def note(self, name: str, document: Json) -> None:
         """Keep a small fact beside the truth, in place of what the name held before. It needs no claim."""
-        self._replace(f"notes/{_file_name(name, 'the name of a note')}.json", _encode(document, f"note {name}"))
+        self._replace(f"notes/{_file_name(name, 'the name of a note')}.json", encode(document, f"note {name}"))
 
     def noted(self, name: str) -> Json | None:
         """What was noted last under a name; None if nothing was."""
@@ -721,12 +540,12 @@ class TrialFolder:
             # Its last holder finished between our look and its release.
             self._release(lease)
             raise self._already_finished()
-        created = _encode({"created_ms": int(time.time() * 1000)}, "created.json")
+        created = encode({"created_ms": int(time.time() * 1000)}, "created.json")
         for name, data in (("spec.json", spec), ("created.json", created)):
             if not self._exists(name):
                 with contextlib.suppress(FileExistsError):
                     self._write_new(name, data)
-        files = {name: _digest(self._read(name)) for name in ("spec.json", "created.json")}
+        files = {name: sha256(self._read(name)) for name in ("spec.json", "created.json")}
         return Attempt(self, lease, files)
 
     def _take_lease(self, launch: str) -> Lease:
@@ -739,7 +558,7 @@ class TrialFolder:
                 raise self._busy(holder)
             lease = Lease.of_this_process(launch, newest + 1)
             try:
-                self._write_new(_lease_file(lease), _encode(asdict(lease), "a lease"))
+                self._write_new(_lease_file(lease), encode(asdict(lease), "a lease"))
             except FileExistsError:
                 continue  # somebody was faster: look who
             return lease
@@ -747,7 +566,7 @@ class TrialFolder:
     def _release(self, lease: Lease) -> None:
         released = replace(lease, released_s=time.time())
         with contextlib.suppress(OSError):  # it expires by itself
-            self._replace(_lease_file(lease), _encode(asdict(released), "a lease"), durable=False)
+            self._replace(_lease_file(lease), encode(asdict(released), "a lease"), durable=False)
 
     def _already_finished(self) -> AlreadyFinished:
         return AlreadyFinished(f"trial {self.trial_id} of {self.ledger.sweep} is finished")
@@ -764,12 +583,6 @@ class TrialFolder:
 
 def _lease_file(lease: Lease) -> str:
     return f"leases/{lease.attempt:04d}.json"
-
-
-def _sealed(finished: Finished) -> Json:
-    """The document of finished.json: what it says, and the digest of that."""
-    document = asdict(finished)
-    return {**document, "sha256": _digest(_encode(document, "the summary of a trial"))}
 
 
 def drop_checkpoints(folder: TrialFolder, but: str = "") -> None:
@@ -855,7 +668,7 @@ class Writer:
             Superseded: If a newer attempt exists.
             StorageError: If the storage cannot be written.
         """
-        lines = [_encode(line, f"measurement {index}") + b"\n" for index, line in enumerate(measurements)]
+        lines = [encode(line, f"measurement {index}") + b"\n" for index, line in enumerate(measurements)]
         given = dict(zip(TABLES, (tokens, strings, context, matrix, samples), strict=True))
         tables = {kind: table for kind, table in given.items() if table is not None and table.num_columns}
         if not lines and not tables:
@@ -863,10 +676,10 @@ class Writer:
         number = self._num_segments + 1
         files = {}
         for kind, table in tables.items():
-            path, data = _segment(kind, self.number, number), _parquet(table)
+            path, data = segment_path(kind, self.number, number), parquet(table)
             self._write(path, data)
-            files[path] = _digest(data)
-        self._write(_segment("measurements", self.number, number), b"".join(lines))
+            files[path] = sha256(data)
+        self._write(segment_path("measurements", self.number, number), b"".join(lines))
         self._num_segments = number
         self._files |= files
         self._lines += lines
@@ -882,7 +695,7 @@ class Writer:
     def _keep_weights(self, name: str, data: bytes) -> None:
         path = f"weights/{self.number:04d}-{name}"
         self._write(path, data)
-        self._files[path] = _digest(data)
+        self._files[path] = sha256(data)
 
     def put_checkpoint(self, epoch: int, folder: Path) -> dict[str, str]:
         """Put files of a checkpoint that `commit_checkpoint` will commit; their sha256 by name.
@@ -897,9 +710,9 @@ class Writer:
         files = {}
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder).as_posix()
-            target = self.folder._path(f"{_checkpoint(self.number, epoch)}/{name}")
+            target = self.folder._path(f"{checkpoint_path(self.number, epoch)}/{name}")
             self._patiently(functools.partial(self.folder.ledger.storage.replace, target, path))
-            files[name] = _digest_of_file(path)
+            files[name] = sha256_of_file(path)
         return files
 
     def commit_checkpoint(self, epoch: int, files: Mapping[str, str], about: Json) -> None:
@@ -923,7 +736,7 @@ class Writer:
             files=dict(files),
             about=about,
         )
-        data = _encode(asdict(kept), "a checkpoint")
+        data = encode(asdict(kept), "a checkpoint")
         self._write(f"{kept.name}.json", data)
         drop_checkpoints(self.folder, but=kept.name)
 
@@ -953,11 +766,11 @@ class Writer:
             attempt=self.number,
             segments=self._num_segments,
             finished_ms=int(time.time() * 1000),
-            measurements_sha256=_digest(b"".join(self._lines)),
+            measurements_sha256=sha256(b"".join(self._lines)),
             files=self._files,
             summary=summary,
         )
-        self._conclude("finished.json", _sealed(finished))
+        self._conclude("finished.json", sealed(finished))
         drop_checkpoints(self.folder)
 
     def fail(self, traceback: str) -> None:
@@ -971,7 +784,7 @@ class Writer:
         self._conclude(f"failed-{self.number:04d}.json", document)
 
     def _conclude(self, name: str, document: Json) -> None:
-        data = _encode(document, name)
+        data = encode(document, name)
         try:
             self._patiently(lambda: self.folder._write_new(name, data))
         except FileExistsError as error:
@@ -1006,7 +819,7 @@ class Attempt(Writer):
     def _renew(self) -> None:
         while not self._stop.wait(self.folder.ledger.renewal_s):
             self._lease = replace(self._lease, renewed_s=time.time())
-            data = _encode(asdict(self._lease), "a lease")
+            data = encode(asdict(self._lease), "a lease")
             with contextlib.suppress(OSError):  # the storage may come back before the lease expires
                 # Not durable: a sync can wait longer than a lease lives, behind a large checkpoint.
                 self.folder._replace(_lease_file(self._lease), data, durable=False)

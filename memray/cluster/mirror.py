@@ -1,4 +1,4 @@
-"""Keeps MLflow up with a running sweep, from one thread of the driver that no trial waits for."""
+"""Keeps MLflow up with a running sweep, beside the driver's own work: no trial waits for it."""
 
 import contextlib
 import os
@@ -73,6 +73,7 @@ class Mirror:
         # On a bucket the claims are the cluster's business, and `sync` runs without one: there the user excludes.
         self._is_writer = ledger.needs_claims
         self._dirty: set[str] = set()
+        self._sending: set[str] = set()
         self._wake = threading.Event()
         self._is_over = False
         self._thread = threading.Thread(target=self._run, name="memray-mirror", daemon=True)
@@ -91,7 +92,7 @@ class Mirror:
 
     def lag(self) -> int:
         """How many trials have something new that was not sent yet."""
-        return len(self._dirty)
+        return len(self._dirty | self._sending)
 
     def _connected(self):
         """The tracker, once this launch is the one that writes: creating a run is not idempotent."""
@@ -111,20 +112,26 @@ class Mirror:
             try:
                 tracker = self._connected()
                 while self._dirty and not self._is_over:
-                    trial_id = self._dirty.pop()
-                    trial = self.sweep.trial(trial_id)
-                    try:
-                        if tracker.send(trial):
-                            tracker.send_cell(trial.cell_id())
-                    except Exception:
-                        self._dirty.add(trial_id)
-                        raise
+                    self._send_some(tracker)
                 self.error = None
             except Exception as error:  # whatever the server says, the ledger holds the truth and training goes on
                 self.error = error
                 self._tracker = None  # an answer may have been lost: what the server has is looked up anew
                 self._wait(RETRY_S)
             self._wait(INTERVAL_S)
+
+    def _send_some(self, tracker) -> None:
+        """Sends what is new of some trials, each of which is here once: two threads must not make one run twice."""
+        self._sending = {self._dirty.pop() for _ in range(min(tracker.calls_at_once, len(self._dirty)))}
+        trials = [self.sweep.trial(trial_id) for trial_id in self._sending]
+        try:
+            are_whole = tracker.send_all(trials)
+            tracker.send_cells({trial.cell_id() for trial, is_whole in zip(trials, are_whole, strict=True) if is_whole})
+        except Exception:
+            self._dirty |= self._sending
+            raise
+        finally:
+            self._sending = set()
 
     def _wait(self, seconds: float) -> None:
         if not self._is_over:
@@ -167,10 +174,8 @@ class Mirror:
 
     def _send_all(self, failed: int) -> None:
         tracker = self._connected()
-        for trial in self.sweep.trials:
-            tracker.send(trial)
-        for cell_id in self.sweep.cells():
-            tracker.send_cell(cell_id)
+        tracker.send_all(self.sweep.trials)
+        tracker.send_cells(self.sweep.cells())
         tracker.close(self._write_figures, failed=failed)
 
     def pages(self) -> dict[str, str]:

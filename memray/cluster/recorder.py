@@ -17,8 +17,9 @@ import torch
 import transformers
 
 from memray.cluster import leaving
+from memray.cluster.documents import KeptCheckpoint
 from memray.cluster.leaving import Left
-from memray.cluster.ledger import KeptCheckpoint, TrialFolder, Writer
+from memray.cluster.ledger import TrialFolder, Writer
 from memray.cluster.replay import as_trained
 from memray.cluster.resources import is_on_cpu
 from memray.finetune import Engine

@@ -14,6 +14,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -34,7 +35,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from memray.cluster.ledger import START, Cursor, Ledger, State, TrialFolder
+from memray.cluster.documents import START, Cursor
+from memray.cluster.ledger import Ledger, State, TrialFolder
 from memray.cluster.storage import without_passwords
 from memray.corpora import CorpusSpec, name_of
 from memray.measures.phases import DURATIONS, centre
@@ -43,8 +45,11 @@ from memray.spec import TrialSpec
 from memray.sweep import Sweep
 
 # MLflow's own limits for one call.
-METRICS_PER_CALL = 1000
+ITEMS_PER_CALL = 1000
 PARAMS_PER_CALL = 100
+TAGS_PER_CALL = 100
+# Connections that MLflow's client keeps to a server.
+CALLS_AT_ONCE = 10
 # Lines that a chart can bear, and runs that a link can name.
 CELLS_PER_PAGE = 20
 # Stages of a curriculum that a chart can bear.
@@ -85,11 +90,14 @@ class Tracker:
         self.trusts_notes = trusts_notes
         if tracking_uri.startswith("sqlite:///"):
             Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        # A server has many workers; a file has one writer.
+        self.calls_at_once = CALLS_AT_ONCE if tracking_uri.startswith("http") else 1
         self.client = MlflowClient(tracking_uri)
         self.experiment_id = self._experiment()
         self.runs = self._existing_runs()
         self.parent_id = self._parent()
         self.cursors: dict[str, Cursor] = {}
+        self.failed = {run.info.run_id for run in self.runs.values() if FAILURE in run.data.tags}
         self.ended: set[str] = set()  # runs that this tracker has brought to their end
 
     def _experiment(self) -> str:
@@ -139,6 +147,11 @@ class Tracker:
 
     # --- trials --------------------------------------------------------------------------------------------
 
+    def send_all(self, trials: Iterable[TrialSpec]) -> list[bool]:
+        """Sends what is new of different trials side by side: whether nothing more can come, of each."""
+        with ThreadPoolExecutor(self.calls_at_once) as pool:
+            return list(pool.map(self.send, trials))
+
     def send(self, trial: TrialSpec) -> bool:
         """Sends what the folder of a trial holds and the server lacks; True once nothing more can come."""
         folder = self.ledger.trial(trial.trial_id())
@@ -171,36 +184,46 @@ class Tracker:
             },
             created_ms,
         )
-        if not is_known:
-            self._log_params(run_id, trial.params())
-            folder.note("mlflow", {"uri": self.noted_uri, "run_id": run_id})
-        self._send_points(run_id, trial, folder, created_ms)
+        measurements, end = folder.measurements(self.cursors.get(folder.trial_id, START))
+        tags: dict[str, str] = {}
         if state == "finished":
-            self._send_tables(run_id, folder)
-            self._close(run_id, trial, folder)
-            folder.note("mlflow", {"uri": self.noted_uri, "run_id": run_id, "complete": True})
-            return True
-        if state == "failed":
-            self.client.set_tag(run_id, FAILURE, (folder.failure() or "")[-4000:])
-            self.client.set_terminated(run_id, "FAILED")
-        return False
-
-    def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        entities = [Param(name, str(value)) for name, value in params.items()]
-        for begin in range(0, len(entities), PARAMS_PER_CALL):
-            self.client.log_batch(run_id, params=entities[begin : begin + PARAMS_PER_CALL])
-
-    def _send_points(self, run_id: str, trial: TrialSpec, folder: TrialFolder, created_ms: int) -> None:
-        cursor = self.cursors.get(folder.trial_id, START)
-        measurements, end = folder.measurements(cursor)
-        self._log_points(run_id, points(shown(measurements, trial), created_ms))
+            tags = self._send_rest(run_id, trial, folder)
+        elif state == "failed":
+            tags = {FAILURE: (folder.failure() or "")[-4000:]}
+        self._log(run_id, points(shown(measurements, trial), created_ms), {} if is_known else trial.params(), tags)
         self.cursors[folder.trial_id] = end
+        if state == "finished":
+            self._end(run_id, folder)
+        elif state == "failed":
+            self.failed.add(run_id)
+            self.client.set_terminated(run_id, "FAILED")
+        note = {"uri": self.noted_uri, "run_id": run_id} | ({"complete": True} if state == "finished" else {})
+        if note != sent:
+            folder.note("mlflow", note)
+        return state == "finished"
 
-    def _log_points(self, run_id: str, metrics: Sequence[Metric]) -> None:
-        for begin in range(0, len(metrics), METRICS_PER_CALL):
-            self.client.log_batch(run_id, metrics=metrics[begin : begin + METRICS_PER_CALL])
+    def _log(
+        self,
+        run_id: str,
+        metrics: Sequence[Metric] = (),
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """In as few calls as MLflow allows, for calls are what a sweep of many trials waits for."""
+        left_tags = [RunTag(key, value) for key, value in (tags or {}).items()]
+        left_params = [Param(name, str(value)) for name, value in (params or {}).items()]
+        left = list(metrics)
+        while left or left_params or left_tags:
+            some_tags, left_tags = left_tags[:TAGS_PER_CALL], left_tags[TAGS_PER_CALL:]
+            some_params, left_params = left_params[:PARAMS_PER_CALL], left_params[PARAMS_PER_CALL:]
+            room = ITEMS_PER_CALL - len(some_tags) - len(some_params)
+            self.client.log_batch(run_id, metrics=left[:room], params=some_params, tags=some_tags)
+            left = left[room:]
 
-    def _send_tables(self, run_id: str, folder: TrialFolder) -> None:
+    def _send_rest(self, run_id: str, trial: TrialSpec, folder: TrialFolder) -> dict[str, str]:
+        """Sends what a finished trial has beside its points and params, and returns the tags that belong to it."""
+        finished = folder.finished()
+        assert finished is not None
         with tempfile.TemporaryDirectory() as scratch:
             tables = {"tokens": folder.tokens(), "strings": folder.strings(), "context": folder.context(),
                       "matrix": folder.matrix(), "samples": folder.samples()}  # fmt: skip
@@ -210,24 +233,29 @@ class Tracker:
                 path = Path(scratch) / f"{name}.parquet"
                 pq.write_table(table, path, compression="zstd")
                 self.client.log_artifact(run_id, str(path))
-
-    def _close(self, run_id: str, trial: TrialSpec, folder: TrialFolder) -> None:
-        finished = folder.finished()
-        assert finished is not None
         if trial.corpus is not None:
             self.client.log_inputs(run_id, datasets=[_dataset(trial.corpus, finished.summary["corpus"])])
-        tags = {
+        return {
             "memray.measurements_sha256": finished.measurements_sha256,
             "memray.attempt": str(finished.attempt),
             **{f"memray.{key}": _tag(value) for key, value in finished.summary.items()},
         }
-        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-        if FAILURE in self.client.get_run(run_id).data.tags:
+
+    def _end(self, run_id: str, folder: TrialFolder) -> None:
+        finished = folder.finished()
+        assert finished is not None
+        if run_id in self.failed:
             self.client.delete_tag(run_id, FAILURE)  # of an earlier attempt
+            self.failed.remove(run_id)
         self.client.set_terminated(run_id, "FINISHED", end_time=finished.finished_ms)
         self.ended.add(run_id)
 
     # --- cells ---------------------------------------------------------------------------------------------
+
+    def send_cells(self, cell_ids: Iterable[str]) -> None:
+        """Sends the runs of different cells side by side."""
+        with ThreadPoolExecutor(self.calls_at_once) as pool:
+            list(pool.map(self.send_cell, cell_ids))
 
     def send_cell(self, cell_id: str) -> None:
         """The run of a cell, once all its replicates are finished: medians over its trials, epoch by epoch.
@@ -266,9 +294,8 @@ class Tracker:
         name = "cell " + trial_name(trials[0], [name for name in self.sweep.varying() if not name.endswith("_seed")])
         run_id = self._run_id("cell", cell_id, name, tags, created_ms)
         params = {name: "none" if name.endswith("_seed") else value for name, value in trials[0].params().items()}
-        self._log_params(run_id, params)
         records = [folder.measurements()[0] for folder in folders]
-        self._log_points(run_id, points(shown(cell_measurements(records), trials[0]), created_ms))
+        self._log(run_id, points(shown(cell_measurements(records), trials[0]), created_ms), params)
         self.client.set_terminated(run_id, "FINISHED", end_time=created_ms)
         self.ended.add(run_id)
 
@@ -287,7 +314,7 @@ class Tracker:
             num_finished = sum(each is not None for each in finished)
             tags = {"memray.results": digest, "memray.finished_trials": str(num_finished),
                     "memray.trials": str(len(finished))}  # fmt: skip
-            self.client.log_batch(self.parent_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            self._log(self.parent_id, tags=tags)
         status = "FAILED" if failed else "FINISHED"
         if parent.info.status != status:
             self.client.set_terminated(self.parent_id, status)
@@ -531,6 +558,18 @@ def _trials_in_mlflow(sweep: Sweep, tracking_uri: str) -> tuple[MlflowClient, di
     return client, {trial_id: run for trial_id, run in by_id.items() if trial_id in wanted}
 
 
+def all_points(client: MlflowClient, run: Run, keys: Iterable[str] = ()) -> list[Metric]:
+    """All points of a run by the metrics that it is known to have, and by others.
+
+    MLflow gives the history of one metric a call, so that many calls are made side by side.
+    """
+    with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
+        histories = pool.map(
+            lambda key: client.get_metric_history(run.info.run_id, key), sorted({*run.data.metrics, *keys})
+        )
+        return [point for history in histories for point in history]
+
+
 def _results_from_mlflow(sweep: Sweep, tracking_uri: str) -> pd.DataFrame:
     client, runs = _trials_in_mlflow(sweep, tracking_uri)
     rows = []
@@ -539,9 +578,8 @@ def _results_from_mlflow(sweep: Sweep, tracking_uri: str) -> pd.DataFrame:
         if run.info.status != "FINISHED":
             continue
         epochs: dict[int, dict[str, float]] = {}
-        for key in run.data.metrics:
-            for point in client.get_metric_history(run.info.run_id, key):
-                epochs.setdefault(point.step, {})[key] = point.value
+        for point in all_points(client, run):
+            epochs.setdefault(point.step, {})[point.key] = point.value
         named = {"trial_id": trial.trial_id(), "cell_id": trial.cell_id(), **trial.params()}
         # MLflow knows no stages; of a curriculum the first measurement is of the weights before training.
         stages = [0, *range(len(trial.stages()))] if trial.curriculum else [0] * len(epochs)

@@ -17,8 +17,9 @@ import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from memray.cluster.documents import START, Cursor, KeptCheckpoint
 from memray.cluster.leaving import at_work, leave_on_sigterm
-from memray.cluster.ledger import START, Attempt, Cursor, KeptCheckpoint, TrialFolder
+from memray.cluster.ledger import Attempt, TrialFolder
 from memray.cluster.resources import is_on_cpu, of_worker
 from memray.spec import TrialSpec
 

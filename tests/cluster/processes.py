@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from memray import scoring
-from memray.cluster.ledger import KeptCheckpoint, Writer
+from memray.cluster.documents import KeptCheckpoint
+from memray.cluster.ledger import Writer
 from memray.encoding import Batch, Encoder, encode
 from memray.finetune import Engine
 from memray.models import load_model

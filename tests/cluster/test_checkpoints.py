@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from memray.cluster.ledger import AlreadyFinished, Attempt, KeptCheckpoint, Ledger, Superseded, TrialFolder
+from memray.cluster.documents import KeptCheckpoint
+from memray.cluster.ledger import AlreadyFinished, Attempt, Ledger, Superseded, TrialFolder
 from memray.cluster.recorder import Recorder, about_checkpoint, check_resumable
 from memray.cluster.storage import PosixStorage
 from memray.spec import ComputeSpec, ProbesSpec, StringsSpec, TrainingSpec, TrialSpec

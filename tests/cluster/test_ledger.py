@@ -23,17 +23,8 @@ from hypothesis import strategies as st
 
 import memray
 from memray.cluster import storage
-from memray.cluster.ledger import (
-    START,
-    AlreadyFinished,
-    Attempt,
-    Busy,
-    Cursor,
-    Lease,
-    Ledger,
-    Superseded,
-    TrialFolder,
-)
+from memray.cluster.documents import START, Cursor
+from memray.cluster.ledger import AlreadyFinished, Attempt, Busy, Lease, Ledger, Superseded, TrialFolder
 from memray.cluster.storage import Claims, StorageError, open_storage
 
 SPEC = '{"model":{"family":"pythia"}}'

@@ -67,7 +67,7 @@ def test_pretrained_weights_and_a_text_reach_the_actors_and_give_the_same_bits(t
     study = STUDY.replace("TrialSpec(\n", f"TrialSpec(model={model},\n", 1).replace(
         "import Probes", "import ModelSpec, Probes"
     )
-    # The path is relative to the study's folder, in which no actor works.
+    # Both paths are relative to the study's folder.
     text = "{'strings.kind': 'text', 'strings.path': 'text'} if size == 7 else {'strings.alphabet_size': size}"
     study = study.replace('{"strings.alphabet_size": size,', f"({text}) | {{")
     study_folder = make_study_folder(tmp_path, study)
