@@ -3,8 +3,11 @@
 import math
 from pathlib import Path
 
+import pytest
+
+from memray.cluster.audit import audit
 from memray.cluster.ledger import Ledger
-from memray.cluster.tracking import cell_measurements, costs, points
+from memray.cluster.tracking import FAILURE, Tracker, all_points, cell_measurements, costs, points
 from memray.spec import TrialSpec
 from memray.sweep import Sweep
 
@@ -69,3 +72,58 @@ def test_costs_have_a_row_a_finished_trial_and_nan_where_nothing_was_counted(tmp
     (row,) = costs(sweep, storage=str(tmp_path)).to_dict("records")
     assert (row["trial_id"], row["string_seed"], row["seconds"], row["tokens_per_s"]) == (trial.trial_id(), 1, 7.5, 100)
     assert math.isnan(row["communication_gib"])
+
+
+@pytest.fixture(scope="module")
+def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db"
+
+
+@pytest.mark.parametrize("is_new", [False, True], ids=["by one tracker", "by a new one"])
+def test_a_trial_that_failed_and_then_finished_shows_no_failure(
+    tmp_path: Path, tracking_uri: str, is_new: bool
+) -> None:
+    sweep = Sweep([TrialSpec()], name=f"failed-{is_new}")
+    (trial,) = sweep.trials
+    ledger = Ledger(str(tmp_path), sweep.name)
+    tracker = Tracker(sweep, ledger, tracking_uri)
+    folder = ledger.trial(trial.trial_id())
+    measurements = replicate({"recall/robust": 0.1}, {"recall/robust": 0.2})
+    with folder.claim(trial.canonical_json(), "ours") as attempt:
+        attempt.append(measurements[:1])
+        assert tracker.send_all([trial]) == [False]  # what runs is shown as it goes
+        attempt.fail("it broke")
+    assert tracker.send_all([trial]) == [False]
+    run_id = tracker.runs["trial", trial.trial_id()].info.run_id
+    run = tracker.client.get_run(run_id)
+    assert (run.info.status, run.data.tags[FAILURE]) == ("FAILED", "it broke")
+    assert run.data.params == {name: str(value) for name, value in trial.params().items()}
+    with folder.claim(trial.canonical_json(), "ours") as attempt:
+        attempt.append(measurements)
+        attempt.finish({"epochs": 1})
+    tracker = Tracker(sweep, ledger, tracking_uri) if is_new else tracker
+    assert tracker.send_all([trial]) == [True]
+    run = tracker.client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert FAILURE not in run.data.tags
+    assert run.data.tags["memray.epochs"] == "1"
+    assert sorted((point.step, point.value) for point in all_points(tracker.client, run)) == [(0, 0.1), (1, 0.2)]
+
+
+def test_what_exceeds_one_call_of_mlflow_arrives_whole(tmp_path: Path, tracking_uri: str) -> None:
+    sweep = Sweep([TrialSpec()], name="large")
+    (trial,) = sweep.trials
+    ledger = Ledger(str(tmp_path), sweep.name)
+    metrics = {f"metric/{number}": float(number) for number in range(10)}
+    with ledger.trial(trial.trial_id()).claim(trial.canonical_json(), "ours") as attempt:
+        attempt.append(replicate(*[metrics] * 250))
+        attempt.finish({f"said_{number}": number for number in range(150)})
+    tracker = Tracker(sweep, ledger, tracking_uri)
+    assert tracker.send_all(sweep.trials) == [True]
+    run = tracker.client.get_run(tracker.runs["trial", trial.trial_id()].info.run_id)
+    assert sum(name.startswith("memray.said_") for name in run.data.tags) == 150
+    assert run.data.params == {name: str(value) for name, value in trial.params().items()}
+    found = {(point.key, point.step, point.value) for point in all_points(tracker.client, run)}
+    assert found == {(key, step, value) for key, value in metrics.items() for step in range(250)}
+    tracker.send_cells(sweep.cells())
+    assert not [each for each in audit(sweep, ledger, tracking_uri) if "MLflow" in each]
