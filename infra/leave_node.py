@@ -5,15 +5,19 @@
 `ray stop` does not do this, whatever its grace period: it ends the raylet first, and with it every worker, unasked.
 """
 
+import contextlib
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 
 # Ray's own among the raylet's children: without either the raylet ends.
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+# The actors that score for trials of this node and of others.
+PROBING = "ray::_ProbeActor"
 
 
 def leave(raylet: psutil.Process, grace_s: float) -> int:
@@ -29,9 +33,16 @@ def leave(raylet: psutil.Process, grace_s: float) -> int:
         subprocess.run(drain, timeout=grace_s / 4, check=True)
     except (subprocess.SubprocessError, OSError) as error:
         sys.stderr.write(f"this node is not drained: {error}\n")
-    for each in workers:
-        each.terminate()
-    return len(psutil.wait_procs(workers, timeout=grace_s)[1])
+    # Last those that trials wait for before they can keep a checkpoint.
+    probing = [each for each in workers if " ".join(each.cmdline()).startswith(PROBING)]
+    training = [each for each in workers if each not in probing]
+    left, deadline_s = [], time.monotonic() + grace_s
+    for some in (training, probing):
+        for each in some:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.terminate()
+        left += psutil.wait_procs(some, timeout=max(0.0, deadline_s - time.monotonic()))[1]
+    return len(left)
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def _run(
                 probe_actors=probe_actors,
                 adds_probes=adds_probes,
             )
-        lag = mirror.finish(failed=len(outcome.failed))
+        lag = mirror.finish(failed=len(outcome.failed), left=len(outcome.left))
     _show_results(loaded, storage)
     for trial_id, why in outcome.failed.items():
         err.print(f"trial {trial_id} failed: {_last_line(why)}", markup=False)
@@ -235,13 +235,17 @@ def submit(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A label of the node that is to run the driver; default: the head"),
     ] = None,
+    send: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A variable of this shell that the job needs, such as a bucket's key"),
+    ] = None,
 ) -> None:
     """Runs a sweep as a Ray job on a cluster, with this folder's files, and follows it to its end."""
     loaded = _load(sweep, parameters)
     from memray.cluster.mirror import git_commit
     from memray.cluster.sealing import seal
     from memray.cluster.storage import without_passwords
-    from memray.cluster.submission import Job, credentials, entrypoint, places, runtime_env
+    from memray.cluster.submission import Job, code_sha256, credentials, entrypoint, places, runtime_env
     from memray.cluster.submission import submit as submit_job
 
     with _exit_codes():
@@ -254,18 +258,20 @@ def submit(
             tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or variables.get("MLFLOW_TRACKING_URI"),
         )
         shown = {name: without_passwords(value) for name, value in about.items()}
-        secrets = credentials() | {name: value for name, value in about.items() if value != shown[name]}
-        trial_ids = ",".join(trial.trial_id() for trial in loaded.trials)
+        secrets = credentials(send or ()) | {name: value for name, value in about.items() if value != shown[name]}
         counts = {"--max-concurrent": max_concurrent, "--probe-actors": probe_actors}
         options = {name: str(value) for name, value in counts.items() if value is not None}
+        command = entrypoint(sweep, parameters or [], options)
+        looked_at = json.dumps(sorted(loaded.probes_ids().items()))
         job = Job(
             sweep=loaded.name,
-            command=entrypoint(sweep, parameters or [], options),
+            command=command,
             environment=runtime_env(shown | seal(secrets)),
             metadata={
                 "sweep": loaded.name,
                 "trials": str(len(loaded.trials)),
-                "trials_sha256": hashlib.sha256(trial_ids.encode()).hexdigest(),
+                "trials_sha256": hashlib.sha256(looked_at.encode()).hexdigest(),
+                "code_sha256": code_sha256(sweep),
                 "commit": commit or "none",
             },
             driver_labels=labels,

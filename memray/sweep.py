@@ -121,6 +121,10 @@ class Sweep:
 
     def cells(self) -> dict[str, tuple[TrialSpec, ...]]:
         """The trials by cell: those that differ in seeds alone are replicates."""
+        return self._cells
+
+    @cached_property
+    def _cells(self) -> dict[str, tuple[TrialSpec, ...]]:
         cells: dict[str, list[TrialSpec]] = {}
         for trial in self.trials:
             cells.setdefault(trial.cell_id(), []).append(trial)
@@ -136,13 +140,19 @@ class Sweep:
         Raises:
             ValueError: If no trial, or more than one, is meant.
         """
-        found = [trial for trial in self.trials if trial.trial_id().startswith(trial_id)]
+        if trial_id in self._by_id:
+            return self._by_id[trial_id]
+        found = [trial for each, trial in self._by_id.items() if each.startswith(trial_id)]
         if len(found) != 1:
             raise ValueError(
                 f"a trial id must name one trial of sweep {self.name!r}, but {len(found)} of them begin with "
                 f"{trial_id!r}; `plan` lists the ids"
             )
         return found[0]
+
+    @cached_property
+    def _by_id(self) -> dict[str, TrialSpec]:
+        return {trial.trial_id(): trial for trial in self.trials}
 
 
 def states(trial: TrialSpec, name: str) -> bool:

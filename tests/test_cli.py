@@ -370,11 +370,11 @@ def test_an_encoder_of_the_hub_is_fetched_once_and_then_checked(
     sweep = load(path)
     with pytest.raises(ValueError, match=r"but 'owner/name' cannot be fetched: .*; mend it, or leave it out"):
         download(sweep)
-    monkeypatch.setattr("memray.embedding.snapshot_download", fetch)
+    monkeypatch.setattr("memray.models.snapshot_download", fetch)
     assert [download(sweep), download(sweep), fetched] == [["owner/name"], [], ["owner/name"]]
     assert "encoder" not in run("plan", path, "--storage", str(tmp_path)).stderr
     assert "similarity/full" in next(iter(run_trial(sweep.trials[0]))).metrics
     (cache / "snapshots" / ("0" * 40) / "model.safetensors").unlink()
-    monkeypatch.setattr("memray.embedding.snapshot_download", lambda where, **options: None)
+    monkeypatch.setattr("memray.models.snapshot_download", lambda where, **options: None)
     with pytest.raises(SweepError, match=r"2 of 2 trials .*\n.*'owner/name' has no model.safetensors"):
         download(sweep)

@@ -36,10 +36,11 @@ def run_in_actor(
 def _claim_and_run(spec: TrialSpec, ledger: Ledger, launch_name: str, owner: Any, probe_actors: list[Any]) -> None:
     if patiently(lambda: ledger.is_asked_to_leave(launch_name), ledger.patience_s):
         raise Left("the launch was asked to leave before the trial began")
-    if ledger.mark() is None:  # a node that joined after the launch had looked at all
+    if patiently(ledger.mark, ledger.patience_s) is None:  # a node that joined after the launch had looked at all
         raise RuntimeError(f"every node must reach the storage, but on this one {ledger.storage} is another folder")
     try:
-        attempt = ledger.trial(spec.trial_id()).claim(spec.canonical_json(), launch_name)
+        folder = patiently(lambda: ledger.trial(spec.trial_id()), ledger.patience_s)
+        attempt = folder.claim(spec.canonical_json(), launch_name)
     except AlreadyFinished:
         return
     with attempt:
@@ -68,9 +69,10 @@ def _run(spec: TrialSpec, attempt: Attempt, launch_name: str, owner: Any, probe_
 
         # Of a trial of many devices this process has none: there the trial is trained again.
         if spec.compute.engine == "torch" and is_kept(spec, trained):
-            Recorder(spec, attempt, told=told).record(from_kept_weights(spec, trained))
+            recorder = Recorder(spec, attempt, told=told, launch=launch_name)
+            recorder.record(recorder.until_asked(from_kept_weights(spec, trained)))
             return
-    checkpoint = folder.checkpoint()
+    checkpoint = patiently(folder.checkpoint, folder.ledger.patience_s)
     if spec.compute.engine == "deepspeed":
         from memray.cluster.training import train
 
@@ -88,9 +90,11 @@ def _run(spec: TrialSpec, attempt: Attempt, launch_name: str, owner: Any, probe_
     # Only here, for they take seconds to import, and an actor that waits for workers has no use for them.
     from memray.cluster.probing import ActorProber
     from memray.cluster.recorder import Recorder
+    from memray.cluster.weights import ensure_at_hand
     from memray.trial import run_trial
 
-    prober = ActorProber(spec.model_dump_json(), spec.trial_id(), probe_actors) if probe_actors else None
+    ensure_at_hand(spec.model, owner)
+    prober = ActorProber(spec.model_dump_json(), probe_actors) if probe_actors else None
     recorder = Recorder(spec, attempt, checkpoint, trained=trained, told=told, launch=launch_name)
     measurements = run_trial(spec, shelf=_shelf(owner), prober=prober, keeper=recorder)
     recorder.record(measurements, prober.summary if prober else dict)

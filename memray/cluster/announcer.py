@@ -4,7 +4,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, get_args, runtime_checkable
 
@@ -113,11 +113,14 @@ class Room:
 
 
 class Counts:
-    """The trials of a launch by their state, as Prometheus is told."""
+    """The trials of a sweep by their state, as Prometheus is told."""
 
-    def __init__(self, sweep: str, planned: Iterable[str]) -> None:
+    def __init__(self, sweep: str, states: Mapping[str, State]) -> None:
         self.sweep = sweep
-        self.states: dict[str, State] = dict.fromkeys(planned, "planned")
+        # One that has failed is tried again.
+        self.states: dict[str, State] = {
+            trial_id: "finished" if state == "finished" else "planned" for trial_id, state in states.items()
+        }
         self.told_s = 0.0
 
     def tell(self, lag: int) -> None:
@@ -144,8 +147,8 @@ class Announcer(TrialProgressCallback):
         self.room = room
         self.leaving = leaving
         self.counts = counts
-        self.searcher = BasicVariantGenerator(max_concurrent=room.now())
-        self.looked_s = time.monotonic()
+        self.searcher = BasicVariantGenerator(max_concurrent=1)
+        self._follow_nodes()
         self.checkpoints: dict[str, str] = {}
         self.busy: dict[str, str] = {}
         self.deaths: dict[str, str] = {}
@@ -167,20 +170,30 @@ class Announcer(TrialProgressCallback):
         self.leaving.running.discard(trial_id)
         if trial_id in self.busy:
             self.counts.states[trial_id] = "planned"
-        elif self.leaving.asked_s is None or self.ledger.trial(trial_id).state() == "finished":
+        elif self.leaving.asked_s is None:
             self._ended(trial_id)
+        else:
+            with contextlib.suppress(ValueError, OSError):  # a launch that leaves has no more to say of it
+                if self.ledger.trial(trial_id).state() == "finished":
+                    self._ended(trial_id)
 
     def _ended(self, trial_id: str) -> None:
-        state = "failed" if trial_id in self.deaths else self.ledger.trial(trial_id).state()
+        try:
+            state = "failed" if trial_id in self.deaths else self.ledger.trial(trial_id).state()
+        except (ValueError, OSError) as error:
+            self.deaths[trial_id], state = str(error), "failed"
         self.counts.states[trial_id] = state
         self.watcher.ended(trial_id, state)
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         self.counts.tell(self.watcher.lag())
         if time.monotonic() - self.looked_s > NODES_S:
-            self.looked_s = time.monotonic()
-            with contextlib.suppress(ValueError):  # no node now: what has been begun waits for the next
-                self.searcher.max_concurrent = self.room.now()
+            self._follow_nodes()
+
+    def _follow_nodes(self) -> None:
+        self.looked_s = time.monotonic()
+        with contextlib.suppress(ValueError):  # no node now: what has been begun waits for the next
+            self.searcher.max_concurrent = self.room.now()
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         trial_id = trial.config["cell"]["trial_id"]
@@ -209,13 +222,13 @@ class Announcer(TrialProgressCallback):
                 "training.strings_per_forward, or give it larger nodes"
             )
         self.leaving.running.discard(trial_id)
-        folder = self.ledger.trial(trial_id)
-        if folder.state() not in ("failed", "finished"):
-            try:
+        try:
+            folder = self.ledger.trial(trial_id)
+            if folder.state() not in ("failed", "finished"):
                 # An actor that was killed has left no traceback; what Ray says of it stands in its place.
                 with folder.claim(spec.canonical_json(), self.leaving.launch_name) as attempt:
                     attempt.fail(said)
-            except (Busy, AlreadyFinished, ValueError, OSError) as error:
-                # One folder that cannot be written must not end the sweep, as an error in a callback of Tune's would.
-                self.deaths[trial_id] = f"{said}\n{error}"
+        except (Busy, AlreadyFinished, ValueError, OSError) as error:
+            # A folder that cannot be read or written must not end the sweep, as an error in a callback of Tune's would.
+            self.deaths[trial_id] = f"{said}\n{error}"
         self._ended(trial_id)

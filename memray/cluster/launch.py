@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from memray.cluster.announcer import Announcer, Counts, Leaving, Room, Watcher, nodes_there
 from memray.cluster.leaving import leave_on_sigterm
-from memray.cluster.ledger import Ledger
+from memray.cluster.ledger import Ledger, State
 from memray.cluster.probe_pool import probe_pool
 from memray.cluster.resources import concurrency, of_actor, off_spot, phases
 from memray.cluster.storage import cluster_claims
@@ -99,16 +99,16 @@ def connect(address: str | None) -> None:
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
 
 
-def pending(sweep: Sweep, ledger: Ledger, *, adds_probes: bool = False) -> list[TrialSpec]:
+def pending(sweep: Sweep, ledger: Ledger, states: Mapping[str, State], *, adds_probes: bool = False) -> list[TrialSpec]:
     """The trials that are not finished, in order.
 
     Args:
+        states: Of all trials.
         adds_probes: Whether trials that were finished under other probes than the sweep's are among them.
 
     Raises:
         ValueError: If there are such trials, and they are not to be: to look at them again takes a while.
     """
-    states = ledger.states(trial.trial_id() for trial in sweep.trials)
     remaining = [trial for trial in sweep.trials if states[trial.trial_id()] != "finished"]
     other = [trial.trial_id() for trial in remaining if ledger.trial(trial.trial_id()).is_added]
     if other and not adds_probes:
@@ -146,7 +146,8 @@ def launch(
         StorageError: If the storage refuses to be written.
     """
     mark = ledger.check_writable()
-    remaining = pending(sweep, ledger, adds_probes=adds_probes)
+    before = ledger.states(trial.trial_id() for trial in sweep.trials)
+    remaining = pending(sweep, ledger, before, adds_probes=adds_probes)
     ledger.drop_leftovers({trial.trial_id() for trial in sweep.trials} - {trial.trial_id() for trial in remaining})
     deaths: dict[str, str] = {}
     is_asked = False
@@ -157,9 +158,10 @@ def launch(
             if ledger.needs_claims:
                 ledger.with_claims(cluster_claims())
             with Leaving(ledger, uuid.uuid4().hex[:12]) as leaving:
-                deaths = _launch_on_cluster(remaining, ledger, watcher, max_concurrent, probe_actors, leaving)
+                deaths = _launch_on_cluster(remaining, ledger, watcher, max_concurrent, probe_actors, leaving, before)
             is_asked = leaving.asked_s is not None
         finally:
+            ledger.with_claims(None)  # which are the cluster's
             gc.collect()  # a handle that is dropped after the shutdown ends the process
             ray.shutdown()
     states = ledger.states(trial.trial_id() for trial in sweep.trials)
@@ -210,8 +212,13 @@ def _launch_on_cluster(
     max_concurrent: int | None,
     probe_actors: int | None,
     leaving: Leaving,
+    states: Mapping[str, State],
 ) -> dict[str, str]:
-    """Runs the trials, and returns what Ray says of those whose folder could not even take the failure."""
+    """Runs the trials, and returns what Ray says of those whose folder could not even take the failure.
+
+    Args:
+        states: Of all trials of the sweep.
+    """
     nodes = nodes_there()
     concurrency(remaining, list(nodes.values()))  # before anything is started
     shared = Shared(
@@ -220,7 +227,7 @@ def _launch_on_cluster(
         owner=start_weights_owner() if any(spec.model.pretrained for spec in remaining) else None,
         probe_actors=[],
     )
-    counts = Counts(ledger.sweep, {spec.trial_id() for spec in remaining})
+    counts = Counts(ledger.sweep, states)
     deaths: dict[str, str] = {}
     has_begun = False
     while remaining:

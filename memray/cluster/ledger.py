@@ -126,10 +126,10 @@ class Ledger:
         """Whether writers have to ask a claims authority, and have none to ask."""
         return isinstance(self.storage, ObjectStorage) and self.storage.claims is None
 
-    def with_claims(self, claims: ClaimsAuthority) -> None:
-        """Gives an object store the authority that decides between its writers."""
-        assert isinstance(self.storage, ObjectStorage)
-        self.storage.claims = claims
+    def with_claims(self, claims: ClaimsAuthority | None) -> None:
+        """Gives an object store the authority that decides between its writers, or takes it away."""
+        if isinstance(self.storage, ObjectStorage):
+            self.storage.claims = claims
 
     def trial(self, trial_id: str) -> "TrialFolder":
         """The folder of a trial under the probes that are asked for, whether it exists yet or not."""
@@ -747,7 +747,7 @@ class Writer:
             ValueError: If some of it is gone.
             Superseded, StorageError: As `append` does.
         """
-        lines, tables = self.folder.before_checkpoint(checkpoint)
+        lines, tables = patiently(lambda: self.folder.before_checkpoint(checkpoint), self.folder.ledger.patience_s)
         self.append(lines, **{kind: table for kind, table in tables.items() if table.num_columns})
         for path in checkpoint.weights:
             self._keep_weights(path.rpartition("-")[2], self.folder._read(path))

@@ -9,13 +9,13 @@ from ray.util.metrics import Gauge
 TRIALS = "memray_trials"
 # Trials of which MLflow lacks something that the ledger has.
 BEHIND = "memray_trials_behind_mlflow"
-# Snapshots of a trial's weights that probe actors have still to score.
+# Snapshots of the weights of a process's trial that probe actors have still to score.
 IN_FLIGHT = "memray_snapshots_in_flight"
 
 _ABOUT = {
     TRIALS: ("Trials of a sweep by their state", ("sweep", "state")),
     BEHIND: ("Trials of which MLflow lacks something that the ledger has", ("sweep",)),
-    IN_FLIGHT: ("Snapshots of a trial's weights that are still to be scored", ("trial",)),
+    IN_FLIGHT: ("Snapshots of a trial's weights that are still to be scored", ()),
 }
 
 

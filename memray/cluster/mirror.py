@@ -7,11 +7,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from memray.cluster.ledger import Busy, Ledger
 from memray.cluster.storage import without_passwords
+from memray.spec import TrialSpec
 from memray.sweep import Sweep
 
 # Seconds between two looks for something to send, and between two attempts at a server that is away.
@@ -70,12 +72,11 @@ class Mirror:
         self._tracker = None
         self._name = uuid.uuid4().hex[:12]
         self._lease = contextlib.ExitStack()
-        # On a bucket the claims are the cluster's business, and `sync` runs without one: there the user excludes.
-        self._is_writer = ledger.needs_claims
+        self._is_writer = False
         self._dirty: set[str] = set()
         self._sending: set[str] = set()
         self._wake = threading.Event()
-        self._is_over = False
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memray-mirror", daemon=True)
 
     def start(self) -> None:
@@ -99,7 +100,9 @@ class Mirror:
         if self._tracker is None:
             from memray.cluster.tracking import Tracker
 
-            if not self._is_writer:
+            # On a bucket the claims are the cluster's, which `sync` never joined and a launch that has ended has left.
+            # Who meets another writer there may make a run twice, and whoever looks next deletes the second.
+            if not self._is_writer and not self.ledger.needs_claims:
                 self._lease.enter_context(self.ledger.trial(WRITER).claim("{}", self._name))
                 self._is_writer = True
             self._tracker = Tracker(
@@ -108,17 +111,20 @@ class Mirror:
         return self._tracker
 
     def _run(self) -> None:
-        while not self._is_over:
+        while not self._over.is_set():
             try:
-                tracker = self._connected()
-                while self._dirty and not self._is_over:
-                    self._send_some(tracker)
+                if not self.ledger.needs_claims:  # or the launch has not joined its cluster yet
+                    tracker = self._connected()
+                    while self._dirty and not self._over.is_set():
+                        self._send_some(tracker)
                 self.error = None
             except Exception as error:  # whatever the server says, the ledger holds the truth and training goes on
                 self.error = error
                 self._tracker = None  # an answer may have been lost: what the server has is looked up anew
-                self._wait(RETRY_S)
-            self._wait(INTERVAL_S)
+                self._over.wait(RETRY_S)
+            if not self._over.is_set():
+                self._wake.wait(INTERVAL_S)
+                self._wake.clear()
 
     def _send_some(self, tracker) -> None:
         """Sends what is new of some trials, each of which is here once: two threads must not make one run twice."""
@@ -133,25 +139,26 @@ class Mirror:
         finally:
             self._sending = set()
 
-    def _wait(self, seconds: float) -> None:
-        if not self._is_over:
-            self._wake.wait(seconds)
-            self._wake.clear()
-
-    def finish(self, *, failed: int = 0) -> int:
+    def finish(self, *, failed: int = 0, left: int = 0) -> int:
         """Sends all that is left, and returns the number of finished trials that MLflow still lacks.
+
+        Args:
+            failed: Trials that have failed.
+            left: Trials that were asked to leave.
 
         What kept them from being sent is then in `error`.
         """
-        self._is_over = True
+        self._over.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
+        if not self._is_writer or self.ledger.needs_claims:
+            self._tracker = None  # others may have written since it looked
         deadline, attempts = time.monotonic() + HANDOVER_S, 0
         while True:
             self.error, attempts = None, attempts + 1
             try:
-                self._send_all(failed)
+                self._send_all(failed, left)
             except Exception as error:  # as in `_run`: training is over and the ledger holds the truth
                 self.error, self._tracker = error, None
             is_patient = time.monotonic() < deadline if isinstance(self.error, Busy) else attempts < ATTEMPTS
@@ -159,9 +166,15 @@ class Mirror:
                 break
             time.sleep(INTERVAL_S)
         self._lease.close()
-        finished = [trial for trial in self.sweep.trials if self.ledger.trial(trial.trial_id()).state() == "finished"]
-        notes = [self.ledger.trial(trial.trial_id()).noted("mlflow") or {} for trial in finished]
-        return sum(not (note.get("complete") and note.get("uri") == self.shown_uri) for note in notes)
+        with ThreadPoolExecutor(16) as pool:
+            return sum(pool.map(self._lacks, self.sweep.trials))
+
+    def _lacks(self, trial: TrialSpec) -> bool:
+        """Whether a trial is finished, and MLflow was not told all of it."""
+        folder = self.ledger.trial(trial.trial_id())
+        note = folder.noted("mlflow") or {}
+        is_sent = note.get("complete") and note.get("uri") == self.shown_uri
+        return not is_sent and folder.state() == "finished"
 
     def send_folder(self, folder: Path, name: str) -> None:
         """Puts a folder's files on the sweep's run, under a name; what kept them from it is then in `error`."""
@@ -172,11 +185,11 @@ class Mirror:
             self.error = error
         self._lease.close()
 
-    def _send_all(self, failed: int) -> None:
+    def _send_all(self, failed: int, left: int) -> None:
         tracker = self._connected()
         tracker.send_all(self.sweep.trials)
         tracker.send_cells(self.sweep.cells())
-        tracker.close(self._write_figures, failed=failed)
+        tracker.close(self._write_figures, failed=failed, left=left)
 
     def pages(self) -> dict[str, str]:
         """Where to look in MLflow; nothing if it was never reached."""

@@ -124,7 +124,6 @@ class ActorProber:
     """Hands a trial's snapshots to probe actors, in turn, a few at a time; a question that can be shared, to all.
 
     Attributes:
-        trial_id: Under which Prometheus is told of them.
         seconds: From each snapshot to its result, as results come in, by the clocks of the two nodes.
         waited_s: How long training waited because too many snapshots were on their way.
         drained_s: How long it waited for answers, before a checkpoint and at the end.
@@ -132,13 +131,15 @@ class ActorProber:
     """
 
     spec_json: str
-    trial_id: str
     actors: Sequence[Any]
     seconds: list[float] = field(default_factory=list)
     waited_s: float = 0.0
     drained_s: float = 0.0
     in_flight: list[list[Any]] = field(default_factory=list)
     num_looks: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.drop_scored()  # of the process's last trial, which may have ended in the middle
 
     def look(self, question: Question, engine: Engine) -> Look:
         began_s = time.time()
@@ -168,7 +169,7 @@ class ActorProber:
     def drop_scored(self) -> None:
         """Counts again what is in flight, and tells of it."""
         self.in_flight = [pending for each in self.in_flight if (pending := _pending(each))]
-        metrics.tell(metrics.IN_FLIGHT, len(self.in_flight), {"trial": self.trial_id})
+        metrics.tell(metrics.IN_FLIGHT, len(self.in_flight), {})
 
     def summary(self) -> dict[str, Any]:
         """For the end of a trial: how long its looks took, how long training waited for them, and who took them."""

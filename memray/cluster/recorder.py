@@ -9,7 +9,7 @@ import platform
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from memray.cluster.leaving import Left
 from memray.cluster.ledger import TrialFolder, Writer
 from memray.cluster.replay import as_trained
 from memray.cluster.resources import is_on_cpu
+from memray.cluster.storage import patiently
 from memray.finetune import Engine
 from memray.looks import Checkpoint
 from memray.measurement import (
@@ -136,20 +137,32 @@ class Recorder:
         """
         if self.checkpoint is None:
             return None
-        check_resumable(self.spec, self.checkpoint)
+        checkpoint = self.checkpoint
+        check_resumable(self.spec, checkpoint)
         folder = self.writer.folder
         if self.is_main:
-            tables = self.writer.adopt(self.checkpoint)
+            tables = self.writer.adopt(checkpoint)
         else:
-            _, tables = folder.before_checkpoint(self.checkpoint)
+            _, tables = patiently(lambda: folder.before_checkpoint(checkpoint), folder.ledger.patience_s)
         files = Path(self.scratch.name) / "read"
         files.mkdir()
-        folder.fetch_checkpoint(self.checkpoint, files)
-        return Checkpoint(self.checkpoint.epoch, files, tables["tokens"], tables["strings"], tables["matrix"])
+        patiently(lambda: folder.fetch_checkpoint(checkpoint, files), folder.ledger.patience_s)
+        return Checkpoint(checkpoint.epoch, files, tables["tokens"], tables["strings"], tables["matrix"])
 
     def is_due(self) -> bool:
         """Whether enough time has passed since the last one, or the trial is asked to leave."""
         return self._is_asked_to_leave() or time.monotonic() - self.kept_s >= self.spec.compute.checkpoint_s
+
+    def until_asked(self, measurements: Iterable[Measurement]) -> Iterator[Measurement]:
+        """Measurements that come without training, and so without checkpoints.
+
+        Raises:
+            Left: Between two of them, if the trial is asked to leave.
+        """
+        for measurement in measurements:
+            yield measurement
+            if self._is_asked_to_leave():
+                raise Left(f"trial {self.spec.trial_id()} was asked to leave, and is looked at again from the start")
 
     def _is_asked_to_leave(self) -> bool:
         """Whether this process was asked, or the launch asks through the main one, which looks now and then."""

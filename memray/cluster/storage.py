@@ -19,10 +19,6 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import pyarrow.fs as pa_fs
 
-from memray.cluster.sealing import unseal
-
-unseal()  # in the processes of a job, which open the storage with the keys that it was sent
-
 # Bytes of a large file that are in memory at once.
 COPIED_AT_ONCE = 2**24
 # Seconds between two tries at a storage that refuses.

@@ -9,7 +9,7 @@ import re
 import shlex
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,13 @@ from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 ENVIRONMENT = Path("infra/runtime_env.yaml")
-# What a job is given of the shell that submits it, where it is set: who it is to MLflow, the hub and the bucket. They
-# are sealed, because Ray's agents log the environment of every job.
+# What a job is given of the shell that submits it, where it is set: who it is to MLflow and the hub. No keys of a
+# bucket unless they are named: the nodes of a cluster have their own, and those of the shell may be for something else.
 CREDENTIALS = (
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
     "HF_TOKEN",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "GOOGLE_SERVICE_ACCOUNT_KEY",
 )
 # Seconds that the dashboard may be away from a job that is being followed. The job itself does not depend on it.
 PATIENCE_S = 30.0
@@ -86,9 +82,23 @@ def places(storage: str | None, tracking_uri: str | None) -> dict[str, str]:
     return {"MEMRAY_STORAGE": storage, "MLFLOW_TRACKING_URI": tracking_uri}
 
 
-def credentials() -> dict[str, str]:
-    """The variables of this shell that say who the job is."""
-    return {name: os.environ[name] for name in CREDENTIALS if os.environ.get(name)}
+def credentials(names: Sequence[str] = ()) -> dict[str, str]:
+    """The variables of this shell that say who the job is, and others that are asked for.
+
+    Raises:
+        ValueError: If one that is asked for is not set.
+    """
+    if missing := [name for name in names if not os.environ.get(name)]:
+        raise ValueError(f"what is sent to a job must be set here, but {', '.join(missing)} is not; export it first")
+    return {name: os.environ[name] for name in (*CREDENTIALS, *names) if os.environ.get(name)}
+
+
+def code_sha256(study: str) -> str:
+    """Of the project's files that a job runs, and of its study; no commit says what was changed since."""
+    paths = [path for path in Path("memray").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    named = [(path.as_posix(), path) for path in sorted(paths)] + [("study", Path(study))]
+    told = [(name, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in named]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def entrypoint(sweep: str, parameters: list[str], options: Mapping[str, str]) -> str:
@@ -184,13 +194,14 @@ def submit(address: str, job: Job, say: Callable[[str], None]) -> int:
 def _begin(client: JobSubmissionClient, job: Job) -> tuple[str, bool]:
     """The id of the job, and whether it was begun now: Ray takes an id once, so that each run has the next number."""
     base = job.base_id()
-    same = [each for each in client.list_jobs() if re.fullmatch(rf"{re.escape(base)}-\d+", each.submission_id or "")]
-    for each in same:
-        if each.submission_id and not each.status.is_terminal():
-            return each.submission_id, False
+    by_name = {each.submission_id or "": each for each in client.list_jobs()}
+    names = [name for name in by_name if re.fullmatch(rf"{re.escape(base)}-\d+", name)]
+    for name in names:
+        if not by_name[name].status.is_terminal():
+            return name, False
     begun = client.submit_job(
         entrypoint=job.command,
-        submission_id=f"{base}-{len(same) + 1}",
+        submission_id=f"{base}-{1 + max((int(name.rpartition('-')[2]) for name in names), default=0)}",
         runtime_env=dict(job.environment),
         metadata=dict(job.metadata),
         entrypoint_label_selector=dict(job.driver_labels) or None,

@@ -44,10 +44,6 @@ from memray.measures.statistics import median_interval
 from memray.spec import TrialSpec
 from memray.sweep import Sweep
 
-# MLflow's own limits for one call.
-ITEMS_PER_CALL = 1000
-PARAMS_PER_CALL = 100
-TAGS_PER_CALL = 100
 # Connections that MLflow's client keeps to a server.
 CALLS_AT_ONCE = 10
 # Lines that a chart can bear, and runs that a link can name.
@@ -119,8 +115,12 @@ class Tracker:
             return found.experiment_id
 
     def _existing_runs(self) -> dict[tuple[str, str], Run]:
-        """Runs by (kind, key), where the key is the trial's, the cell's or the sweep's."""
-        runs: dict[tuple[str, str], Run] = {}
+        """Runs by (kind, key), where the key is the trial's, the cell's or the sweep's.
+
+        A second run of one key is deleted: where an answer comes too late, or two clusters share a bucket, one may have
+        been made. Whoever looks keeps the same of the two.
+        """
+        found: dict[tuple[str, str], list[Run]] = {}
         token: str | None = None
         while True:
             page = self.client.search_runs([self.experiment_id], run_view_type=ViewType.ACTIVE_ONLY, max_results=1000,
@@ -128,10 +128,15 @@ class Tracker:
             for run in page:
                 tags = run.data.tags
                 key = tags.get("memray.trial_id") or tags.get("memray.cell_id") or self.sweep.name
-                runs.setdefault((tags.get("memray.kind", ""), key), run)
+                found.setdefault((tags.get("memray.kind", ""), key), []).append(run)
             token = page.token
             if not token:
-                return runs
+                break
+        for (kind, _), same in found.items():
+            same.sort(key=lambda run: run.info.run_id)
+            for run in same[1:] if kind else ():
+                self.client.delete_run(run.info.run_id)
+        return {key: same[0] for key, same in found.items()}
 
     def _run_id(self, kind: str, key: str, name: str, tags: Mapping[str, str], created_ms: int | None = None) -> str:
         """The run of that key, created only if the look-up found none."""
@@ -148,9 +153,25 @@ class Tracker:
     # --- trials --------------------------------------------------------------------------------------------
 
     def send_all(self, trials: Iterable[TrialSpec]) -> list[bool]:
-        """Sends what is new of different trials side by side: whether nothing more can come, of each."""
+        """Sends what is new of different trials side by side: whether nothing more can come, of each.
+
+        Raises:
+            ValueError: If a trial's folder is damaged, once the others are sent.
+        """
+        damaged: list[ValueError] = []
+
+        def send(trial: TrialSpec) -> bool:
+            try:
+                return self.send(trial)
+            except ValueError as error:
+                damaged.append(error)
+                return False
+
         with ThreadPoolExecutor(self.calls_at_once) as pool:
-            return list(pool.map(self.send, trials))
+            are_whole = list(pool.map(send, trials))
+        if damaged:
+            raise damaged[0]
+        return are_whole
 
     def send(self, trial: TrialSpec) -> bool:
         """Sends what the folder of a trial holds and the server lacks; True once nothing more can come."""
@@ -188,15 +209,18 @@ class Tracker:
         tags: dict[str, str] = {}
         if state == "finished":
             tags = self._send_rest(run_id, trial, folder)
-        elif state == "failed":
-            tags = {FAILURE: (folder.failure() or "")[-4000:]}
+        elif state == "failed" and (failure := folder.failure()) is not None:
+            tags = {FAILURE: failure[-4000:]}
         self._log(run_id, points(shown(measurements, trial), created_ms), {} if is_known else trial.params(), tags)
         self.cursors[folder.trial_id] = end
         if state == "finished":
             self._end(run_id, folder)
-        elif state == "failed":
+        elif FAILURE in tags:
             self.failed.add(run_id)
             self.client.set_terminated(run_id, "FAILED")
+        elif run_id in self.failed:
+            self._forget_failure(run_id)
+            self.client.update_run(run_id, status="RUNNING")
         note = {"uri": self.noted_uri, "run_id": run_id} | ({"complete": True} if state == "finished" else {})
         if note != sent:
             folder.note("mlflow", note)
@@ -210,15 +234,13 @@ class Tracker:
         tags: Mapping[str, str] | None = None,
     ) -> None:
         """In as few calls as MLflow allows, for calls are what a sweep of many trials waits for."""
-        left_tags = [RunTag(key, value) for key, value in (tags or {}).items()]
-        left_params = [Param(name, str(value)) for name, value in (params or {}).items()]
-        left = list(metrics)
-        while left or left_params or left_tags:
-            some_tags, left_tags = left_tags[:TAGS_PER_CALL], left_tags[TAGS_PER_CALL:]
-            some_params, left_params = left_params[:PARAMS_PER_CALL], left_params[PARAMS_PER_CALL:]
-            room = ITEMS_PER_CALL - len(some_tags) - len(some_params)
-            self.client.log_batch(run_id, metrics=left[:room], params=some_params, tags=some_tags)
-            left = left[room:]
+        if metrics or params or tags:
+            self.client.log_batch(
+                run_id,
+                metrics=metrics,
+                params=[Param(name, str(value)) for name, value in (params or {}).items()],
+                tags=[RunTag(key, value) for key, value in (tags or {}).items()],
+            )
 
     def _send_rest(self, run_id: str, trial: TrialSpec, folder: TrialFolder) -> dict[str, str]:
         """Sends what a finished trial has beside its points and params, and returns the tags that belong to it."""
@@ -245,10 +267,14 @@ class Tracker:
         finished = folder.finished()
         assert finished is not None
         if run_id in self.failed:
-            self.client.delete_tag(run_id, FAILURE)  # of an earlier attempt
-            self.failed.remove(run_id)
+            self._forget_failure(run_id)
         self.client.set_terminated(run_id, "FINISHED", end_time=finished.finished_ms)
         self.ended.add(run_id)
+
+    def _forget_failure(self, run_id: str) -> None:
+        """Of an earlier attempt at a trial that was claimed again."""
+        self.client.delete_tag(run_id, FAILURE)
+        self.failed.remove(run_id)
 
     # --- cells ---------------------------------------------------------------------------------------------
 
@@ -301,9 +327,10 @@ class Tracker:
 
     # --- the parent ----------------------------------------------------------------------------------------
 
-    def close(self, write_figures: Callable[[Path], None], *, failed: int) -> None:
+    def close(self, write_figures: Callable[[Path], None], *, failed: int, left: int) -> None:
         """Writes the sweep's figures and table to the parent run, unless they are there for these very results."""
-        finished = [self.ledger.trial(trial.trial_id()).finished() for trial in self.sweep.trials]
+        with ThreadPoolExecutor(16) as pool:
+            finished = list(pool.map(lambda trial: self.ledger.trial(trial.trial_id()).finished(), self.sweep.trials))
         digests = [each.measurements_sha256 if each else "" for each in finished]
         digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
         parent = self.client.get_run(self.parent_id)
@@ -315,7 +342,7 @@ class Tracker:
             tags = {"memray.results": digest, "memray.finished_trials": str(num_finished),
                     "memray.trials": str(len(finished))}  # fmt: skip
             self._log(self.parent_id, tags=tags)
-        status = "FAILED" if failed else "FINISHED"
+        status = "FAILED" if failed else "KILLED" if left else "FINISHED"
         if parent.info.status != status:
             self.client.set_terminated(self.parent_id, status)
 

@@ -136,7 +136,7 @@ def _work(config: dict[str, Any]) -> None:
     from memray.cluster.engine import DeepSpeedEngine
     from memray.cluster.probing import ActorProber, SnapshotProber
     from memray.cluster.recorder import Recorder
-    from memray.cluster.weights import fetch
+    from memray.cluster.weights import ensure_at_hand, fetch
     from memray.trial import ModelShelf, run_trial
 
     spec = TrialSpec.model_validate_json(config["spec"])
@@ -144,11 +144,12 @@ def _work(config: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     if not is_on_cpu(spec):
         torch.cuda.set_device(get_device())
+    ensure_at_hand(spec.model, owner)
     shelf = ModelShelf(functools.partial(fetch, owner) if owner is not None else None, keeps_model=False)
     # Where the weights are shards, a probe of the context and generation need them whole.
     needs_whole = spec.probes.context or spec.probes.generation or spec.probes.embeddings
     own = SnapshotProber(config["spec"]) if needs_whole else None
-    prober = ActorProber(config["spec"], spec.trial_id(), actors) if actors else own
+    prober = ActorProber(config["spec"], actors) if actors else own
     recorder = Recorder(
         spec,
         config["writer"],

@@ -41,6 +41,25 @@ def start_weights_owner() -> Any:
     return ray.remote(num_cpus=0, max_restarts=3, max_task_retries=3, label_selector=labels)(WeightsOwner).remote()
 
 
+def ensure_at_hand(model: ModelSpec, owner: Any) -> None:
+    """Fetches what this node lacks of a public model: it may have joined after the launch had fetched all.
+
+    Args:
+        owner: Who gives the weights; without one they are fetched too.
+
+    Raises:
+        ConnectionError: If the hub does not give it.
+    """
+    from memray.models import download, is_at_hand
+
+    lacking = model if owner is None else model.model_copy(update={"pretrained": False})
+    if not is_at_hand(lacking):
+        try:
+            download(lacking)
+        except ValueError as error:  # not of the spec: preflight has read the model elsewhere
+            raise ConnectionError(str(error)) from error
+
+
 def fetch(owner: Any, model: ModelSpec) -> dict[str, ndarray]:
     """The weights of a pretrained model, before any adapter; read-only arrays in shared memory."""
     bare = model.model_copy(update={"lora": None, "dropout": 0.0})

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from memray.cluster.audit import remeasured
+from memray.cluster.leaving import Left
 from memray.cluster.ledger import Ledger, TrialFolder
 from memray.cluster.recorder import Recorder
 from memray.cluster.replay import as_trained, from_kept_weights, is_kept
@@ -42,6 +43,23 @@ def run(spec: TrialSpec, ledger: Ledger) -> TrialFolder:
 
 def records(measurements: list[Measurement]) -> list[dict]:
     return [each.record() for each in measurements]
+
+
+def test_a_later_look_that_is_asked_to_leave_is_begun_anew(tmp_path: Path) -> None:
+    own = run(FIRST, ledger_of(FIRST, tmp_path))
+    ledger = ledger_of(LATER, tmp_path)
+    folder = ledger.trial(LATER.trial_id())
+    ledger.ask_to_leave("launch")
+    with folder.claim(LATER.canonical_json(), "launch") as attempt:
+        recorder = Recorder(LATER, attempt, launch="launch")
+        with pytest.raises(Left, match="looked at again from the start"):
+            recorder.record(recorder.until_asked(from_kept_weights(LATER, own)))
+    assert folder.state() == "planned"
+    ledger.forget_launch("launch")
+    with folder.claim(LATER.canonical_json(), "launch") as attempt:
+        recorder = Recorder(LATER, attempt, launch="launch")
+        recorder.record(recorder.until_asked(from_kept_weights(LATER, own)))
+    assert folder.measurements()[0] == records(list(run_trial(LATER, shelf=SHELF)))
 
 
 def test_a_trial_that_was_finished_under_other_probes_has_a_place_for_these(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from memray.cli import app
 from memray.cluster.audit import audit
 from memray.cluster.ledger import Ledger
 from memray.cluster.tracking import results
+from memray.report.page import write_report
 from memray.trial import run_trial
 
 from .conftest import STUDY, StudyFolder, attempts_of, client_of, make_study_folder, runs_of, sweep_of
@@ -113,6 +115,22 @@ def test_a_finished_sweep_agrees_with_its_plan_ledger_and_mlflow(finished: Study
     assert "0 differences" in finished.run("audit").stdout
     assert "0 differ" in finished.invoke("remeasure").stdout
     assert "4 finished, 0 running, 0 failed, 0 planned" in finished.invoke("status").stdout
+
+
+def test_status_and_report_need_mlflow_alone(finished: StudyFolder, tmp_path: Path) -> None:
+    elsewhere = replace(make_study_folder(tmp_path / "elsewhere"), uri=str(tmp_path / "nothing"))
+    options = ("--from-mlflow", "--tracking-uri", f"sqlite:///{finished.database}")
+    assert "4 finished, 0 running, 0 failed, 0 planned" in elsewhere.invoke("status", *options).stdout
+    more = elsewhere.invoke("status", "-p", "seeds=3", *options)
+    assert "4 finished, 0 running, 0 failed, 2 planned" in more.stdout
+    said = elsewhere.invoke("report", *options).stdout
+    page = Path(said.partition("report: ")[2].strip()).read_text()
+    assert f"MLflow at sqlite:///{finished.database}, which has no single tokens" in page
+    other, *_ = write_report(sweep_of(finished), results(sweep_of(finished), storage=str(finished.storage)), tmp_path)
+    found, expected = (re.findall(r"<li><span class=.state.*|<h2.*", text) for text in (page, other.read_text()))
+    assert len(expected) > 5
+    assert found == expected
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_results_come_alike_from_the_ledger_and_from_mlflow(finished: StudyFolder) -> None:

@@ -127,3 +127,41 @@ def test_what_exceeds_one_call_of_mlflow_arrives_whole(tmp_path: Path, tracking_
     assert found == {(key, step, value) for key, value in metrics.items() for step in range(250)}
     tracker.send_cells(sweep.cells())
     assert not [each for each in audit(sweep, ledger, tracking_uri) if "MLflow" in each]
+
+
+def finish_all(sweep: Sweep, folder: Path) -> Ledger:
+    ledger = Ledger(str(folder), sweep.name)
+    for trial in sweep.trials:
+        with ledger.trial(trial.trial_id()).claim(trial.canonical_json(), "ours") as attempt:
+            attempt.append(replicate({"recall/robust": 0.1}))
+            attempt.finish({"epochs": 0})
+    return ledger
+
+
+def test_of_two_runs_that_two_writers_made_whoever_looks_next_deletes_one(tmp_path: Path, tracking_uri: str) -> None:
+    sweep = Sweep([TrialSpec(string_seed=seed) for seed in range(2)], name="doubled")
+    ledger = finish_all(sweep, tmp_path)
+    writers = [Tracker(sweep, ledger, tracking_uri) for _ in range(2)]  # both have looked before either wrote
+    for writer in writers:
+        writer.send_all(sweep.trials)
+        writer.send_cells(sweep.cells())
+    number = lambda: len(writers[0].client.search_runs([writers[0].experiment_id]))  # noqa: E731
+    assert number() == 1 + 2 * 2 + 2 * 1
+    third = Tracker(sweep, ledger, tracking_uri)
+    assert number() == 1 + 2 + 1
+    assert third.send_all(sweep.trials) == [True, True]
+    assert number() == 1 + 2 + 1
+    assert not [each for each in audit(sweep, ledger, tracking_uri) if "MLflow" in each]
+
+
+def test_a_damaged_folder_keeps_only_its_own_trial_from_mlflow(tmp_path: Path, tracking_uri: str) -> None:
+    sweep = Sweep([TrialSpec(string_seed=seed) for seed in range(3)], name="damaged")
+    ledger = finish_all(sweep, tmp_path)
+    damaged, *others = sweep.trials
+    (tmp_path / "damaged" / damaged.trial_id() / "measurements" / "0001-0001.jsonl").write_text("edited")
+    tracker = Tracker(sweep, ledger, tracking_uri)
+    with pytest.raises(ValueError, match="does not match the digest"):
+        tracker.send_all(sweep.trials)
+    for trial in others:
+        run = tracker.client.get_run(tracker.runs["trial", trial.trial_id()].info.run_id)
+        assert run.info.status == "FINISHED"
