@@ -1,11 +1,13 @@
 """How far the design carries: trials that compute nothing, scheduled by the thousand through the real command.
 
     python tests/bench/schedule.py 10 100 1000 10000
+    python tests/bench/schedule.py --server 1000
     python tests/bench/schedule.py --snapshots
 
 A trial claims its folder, writes the measurements of one that was computed before, and finishes; Tune, the ledger, and
 MLflow in an SQLite file do what they always do. So the figures say what the machinery around a trial costs, on this
-machine, which should be idle otherwise. `--snapshots` measures the way of weights to probe actors on one node.
+machine, which should be idle otherwise. `--server` takes an MLflow server on PostgreSQL, as `infra/` has it, with two
+workers on this machine too. `--snapshots` measures the way of weights to probe actors on one node.
 """
 
 import argparse
@@ -164,10 +166,24 @@ def snapshots() -> dict[str, float]:
     return {"gib": gib, "put_gib_per_s": gib / sorted(put_s)[2], "copied_gib_per_s": gib / sorted(read_s)[2]}
 
 
+@contextmanager
+def tracking(on_server: bool) -> Iterator[dict[str, str]]:
+    """The environment of whoever writes to an MLflow server of its own, or to a file."""
+    if not on_server:
+        yield {}
+        return
+    sys.path.append(str(HERE.parents[1]))
+    from tests.cluster.servers import mlflow_server, postgres, s3_bucket
+
+    with postgres() as database, s3_bucket() as bucket, mlflow_server(database, bucket) as server:
+        yield server.admin | {"MLFLOW_TRACKING_URI": server.uri}
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trials", nargs="*", type=int)
     parser.add_argument("--snapshots", action="store_true")
+    parser.add_argument("--server", action="store_true")
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     stated = parser.parse_args(arguments)
     if stated.into:
@@ -177,9 +193,11 @@ def main(arguments: Sequence[str]) -> None:
         print(json.dumps(snapshots()))
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": f"{HERE}:{HERE.parents[1]}"}
     for number in stated.trials:
-        with tempfile.TemporaryDirectory(prefix="memray-schedule-") as folder:
+        with tempfile.TemporaryDirectory(prefix="memray-schedule-") as folder, tracking(stated.server) as where:
             command = [sys.executable, __file__, str(number), "--into", f"{folder}/runs"]
-            done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command, env=environment | where, cwd=folder, capture_output=True, text=True, check=False
+            )
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
             print(done.stderr.strip().splitlines()[-1], flush=True)
 

@@ -1,6 +1,7 @@
 """Real sweeps through the real command line, each in processes of its own."""
 
 import contextlib
+import functools
 import os
 import shutil
 import sqlite3
@@ -8,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +24,12 @@ import memray
 from memray.cli import app
 from memray.cluster.ledger import Ledger
 from memray.cluster.storage import Claims
+from memray.spec import TrialSpec
 from memray.sweep import Sweep, load
+from memray.trial import run_trial
 
 from ..ports import free_port, is_listening
+from .servers import s3_bucket
 
 ROOT = Path(memray.__path__[0]).parent
 
@@ -124,6 +127,16 @@ def sweep_of(study_folder: StudyFolder, **parameters: object) -> Sweep:
     return load(study_folder.folder / study_folder.study, **parameters)
 
 
+@functools.cache
+def _alone(spec_json: str) -> list[dict]:
+    return [each.record() for each in run_trial(TrialSpec.model_validate_json(spec_json))]
+
+
+def alone(trial: TrialSpec) -> list[dict]:
+    """What one process measures by itself; computed once for all tests of this run."""
+    return _alone(trial.model_dump_json())
+
+
 def client_of(study_folder: StudyFolder) -> MlflowClient:
     return MlflowClient(f"sqlite:///{study_folder.database}")
 
@@ -158,20 +171,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
 def bucket() -> Iterator[str]:
     """URI of an empty bucket on an S3 server of this test run."""
     pytest.importorskip("moto")
-    port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            request = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
-            for _ in range(200):
-                try:
-                    urllib.request.urlopen(request).close()
-                    break
-                except OSError:
-                    time.sleep(0.1)
-            yield f"s3://test:test@bucket/{{}}?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1"
-        finally:
-            server.kill()
+    with s3_bucket() as uri:
+        yield uri
 
 
 @pytest.fixture(params=["folder", "bucket"])

@@ -141,6 +141,26 @@ def postgres() -> Iterator[Postgres]:
             made.stop()
 
 
+@contextlib.contextmanager
+def s3_bucket() -> Iterator[str]:
+    """URI of an empty bucket on an S3 server, with a place for a prefix."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            deadline = time.monotonic() + START_S
+            while True:
+                try:
+                    requests.put(f"http://127.0.0.1:{port}/bucket", timeout=5).raise_for_status()
+                    break
+                except requests.RequestException:
+                    assert time.monotonic() < deadline, "the S3 server did not start"
+                    time.sleep(0.1)
+            yield f"s3://test:test@bucket/{{}}?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1"
+        finally:
+            server.kill()
+
+
 @dataclass
 class MlflowServer(Program):
     """An MLflow server with accounts, which takes artifacts from its clients and keeps them in a bucket.

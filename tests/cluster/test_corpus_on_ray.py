@@ -13,9 +13,8 @@ import pytest
 from memray.cluster.audit import audit, remeasured
 from memray.cluster.ledger import Ledger
 from memray.samples import prepare_samples
-from memray.trial import run_trial
 
-from .conftest import Head, StudyFolder, client_of, make_study_folder, runs_of, sweep_of
+from .conftest import Head, StudyFolder, alone, client_of, make_study_folder, runs_of, sweep_of
 
 STUDY = '''"""Are smaller corpora recited sooner?
 
@@ -72,8 +71,7 @@ def test_a_look_that_three_actors_share_gives_the_numbers_of_one_process(finishe
     ledger = Ledger(str(finished_corpus.storage), sweep.name)
     for trial in sweep.trials:
         folder = ledger.trial(trial.trial_id())
-        alone = [each.record() for each in run_trial(trial)]
-        assert folder.measurements()[0] == alone == remeasured(trial, folder)
+        assert folder.measurements()[0] == alone(trial) == remeasured(trial, folder)
         finished = folder.finished()
         assert finished is not None
         assert finished.summary["probe_looks"] == [3, 3, 3]  # a share each, at epochs 0, 1 and 3
@@ -98,7 +96,7 @@ def test_the_digest_of_the_exact_token_ids_is_a_dataset_of_the_run(finished_corp
 
 def test_sending_all_again_changes_nothing(finished_corpus: StudyFolder) -> None:
     before = [finished_corpus.count(table) for table in ("metrics", "inputs", "datasets", "runs")]
-    finished_corpus.run("sync")
+    finished_corpus.invoke("sync")
     assert [finished_corpus.count(table) for table in ("metrics", "inputs", "datasets", "runs")] == before
 
 
@@ -114,8 +112,7 @@ def test_generation_that_is_added_later_is_done_with_the_weights_that_were_kept(
     for trial in sweep.trials:
         *_, last = ledger.trial(trial.trial_id()).measurements()[0]
         assert last["metrics"]["generation/disagreement"] == 0, done.stdout
-        alone = [each.record() for each in run_trial(trial)]
-        assert ledger.trial(trial.trial_id()).measurements()[0] == alone
+        assert ledger.trial(trial.trial_id()).measurements()[0] == alone(trial)
 
 
 @pytest.mark.fault
@@ -170,7 +167,6 @@ def test_a_trial_on_a_corpus_whose_actor_is_killed_halfway_ends_bit_identical(tm
     assert finished is not None
     assert finished.attempt == 2
     assert epochs // 2 <= finished.summary["resumed_from_epoch"] < epochs
-    alone = [each.record() for each in run_trial(trial)]
-    assert folder.measurements()[0] == alone == remeasured(trial, folder)
+    assert folder.measurements()[0] == alone(trial) == remeasured(trial, folder)
     assert folder.samples().num_rows == 3 * (60 + 20)
     assert audit(sweep, ledger, f"sqlite:///{study_folder.database}") == []

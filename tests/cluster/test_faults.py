@@ -13,9 +13,8 @@ import pytest
 from memray.cluster.audit import audit
 from memray.cluster.ledger import Ledger
 from memray.sweep import load
-from memray.trial import run_trial
 
-from .conftest import StudyFolder
+from .conftest import StudyFolder, alone
 
 pytestmark = pytest.mark.fault
 
@@ -30,7 +29,7 @@ def assert_undisturbed(study_folder: StudyFolder, **parameters: object) -> None:
     assert audit(sweep, ledger, f"sqlite:///{study_folder.database}") == []
     assert study_folder.count_runs() == 1 + len(sweep.trials) + len(sweep.cells())
     for trial in sweep.trials:
-        assert [each.record() for each in run_trial(trial)] == ledger.trial(trial.trial_id()).measurements()[0]
+        assert alone(trial) == ledger.trial(trial.trial_id()).measurements()[0]
 
 
 def wait_for(condition: Callable[[], object], seconds: float, process: subprocess.Popen) -> None:

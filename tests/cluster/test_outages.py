@@ -18,11 +18,10 @@ from memray.cluster.audit import audit, remeasured
 from memray.cluster.launch import MAX_FAILURES
 from memray.cluster.ledger import Ledger
 from memray.models import BUSY_HUB_S
-from memray.trial import run_trial
 
 from ..ports import free_port
-from .conftest import STUDY, StudyFolder, attempts_of, make_study_folder, runs_of, sweep_of
-from .test_faults import LONG, wait_for
+from .conftest import STUDY, StudyFolder, alone, attempts_of, make_study_folder, runs_of, sweep_of
+from .test_faults import wait_for
 
 
 @pytest.mark.fault
@@ -78,7 +77,7 @@ def test_pretrained_weights_and_a_text_reach_the_actors_and_give_the_same_bits(t
     assert [trial.strings.kind for trial in sweep.trials] == ["iid", "text"]
     for trial in sweep.trials:
         folder = ledger.trial(trial.trial_id())
-        assert [each.record() for each in run_trial(trial)] == folder.measurements()[0]
+        assert alone(trial) == folder.measurements()[0]
         assert remeasured(trial, folder) == folder.measurements()[0]
 
 
@@ -118,10 +117,15 @@ def test_a_server_that_was_away_is_caught_up_with(study_folder: StudyFolder, ser
     done = study_folder.run("run", "-p", "seeds=1", "--tracking-uri", away)
     assert "lacks 2 finished trials" in done.stderr
     assert "sync small.py" in done.stderr
-    study_folder.run("sync", "-p", "seeds=1", "--tracking-uri", away, expect=3)
-    study_folder.run("sync", "-p", "seeds=1", "--tracking-uri", server)
-    study_folder.run("sync", "-p", "seeds=1", "--tracking-uri", server)
-    assert "0 differences" in study_folder.run("audit", "-p", "seeds=1", "--tracking-uri", server).stdout
+    study_folder.invoke("sync", "-p", "seeds=1", "--tracking-uri", away, expect=3)
+    study_folder.invoke("sync", "-p", "seeds=1", "--tracking-uri", server)
+    study_folder.invoke("sync", "-p", "seeds=1", "--tracking-uri", server)
+    assert "0 differences" in study_folder.invoke("audit", "-p", "seeds=1", "--tracking-uri", server).stdout
+
+
+# Enough for several segments, of which the first is seen long before the last.
+EPOCHS = 1200
+LONGER = ("-p", f"epochs={EPOCHS}")
 
 
 # --- storage that refuses ------------------------------------------------------------------------------------------
@@ -155,13 +159,13 @@ def assert_undisturbed_here(study_folder: StudyFolder, **parameters: object) -> 
     sweep, ledger = sweep_of(study_folder, **parameters), Ledger(str(study_folder.storage), "small")
     assert audit(sweep, ledger, study_folder.environment["MLFLOW_TRACKING_URI"]) == []
     for trial in sweep.trials:
-        assert [each.record() for each in run_trial(trial)] == ledger.trial(trial.trial_id()).measurements()[0]
+        assert alone(trial) == ledger.trial(trial.trial_id()).measurements()[0]
 
 
 @pytest.mark.fault
 @pytest.mark.timeout(600)
 def test_a_storage_that_refuses_for_a_while_is_waited_for(small_disk: StudyFolder) -> None:
-    process = small_disk.start("run", *LONG, "-p", "seeds=1")
+    process = small_disk.start("run", *LONGER, "-p", "seeds=1")
     wait_for(lambda: list(small_disk.storage.glob("small/*/measurements/*.jsonl")), 120, process)
     filler = fill(small_disk.storage)
     time.sleep(15)
@@ -170,21 +174,21 @@ def test_a_storage_that_refuses_for_a_while_is_waited_for(small_disk: StudyFolde
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert list(attempts_of(small_disk).values()) == [1, 1]
-    assert_undisturbed_here(small_disk, epochs=300, seeds=1)
+    assert_undisturbed_here(small_disk, epochs=EPOCHS, seeds=1)
 
 
 @pytest.mark.fault
 @pytest.mark.timeout(600)
 def test_a_full_disk_is_said_and_the_sweep_goes_on_once_there_is_room(small_disk: StudyFolder) -> None:
-    process = small_disk.start("run", *LONG, "-p", "seeds=1")
+    process = small_disk.start("run", *LONGER, "-p", "seeds=1")
     wait_for(lambda: list(small_disk.storage.glob("small/*/measurements/*.jsonl")), 120, process)
     filler = fill(small_disk.storage)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 1, output
     assert "No space left on device; choose another with --storage or MEMRAY_STORAGE" in output
     filler.unlink()
-    small_disk.run("run", *LONG, "-p", "seeds=1")
-    assert_undisturbed_here(small_disk, epochs=300, seeds=1)
+    small_disk.run("run", *LONGER, "-p", "seeds=1")
+    assert_undisturbed_here(small_disk, epochs=EPOCHS, seeds=1)
 
 
 # --- memory and the hub --------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from memray.spec import ProbesSpec, StringsSpec, TrainingSpec, TrialSpec
 from memray.sweep import Sweep, load
 from memray.trial import ModelShelf, run_trial
 
-from .conftest import StudyFolder, make_study_folder
+from .conftest import StudyFolder, alone, make_study_folder
 
 SHELF = ModelShelf()
 FIRST = TrialSpec(
@@ -143,18 +143,18 @@ def test_a_finished_sweep_is_probed_again_and_keeps_what_it_was(tmp_path: Path) 
     refused = folder.run("run", "-p", "held_out=3", expect=2)
     assert "look at them again with `probe`" in " ".join(refused.stderr.split())
     folder.run("probe", "-p", "held_out=3")
-    folder.run("audit", "-p", "held_out=3")
-    folder.run("remeasure", "-p", "held_out=3")
+    folder.invoke("audit", "-p", "held_out=3")
+    folder.invoke("remeasure", "-p", "held_out=3")
     sweep = load(folder.folder / folder.study, held_out="3")
     frame = results(sweep, storage=str(folder.storage))
-    expected = [each.record() for trial in sweep.trials for each in run_trial(trial)]
+    expected = [each for trial in sweep.trials for each in alone(trial)]
     assert frame["guessing/heldout_nll_nats"].dropna().tolist() == [
         each["metrics"]["guessing/heldout_nll_nats"]
         for each in expected
         if "guessing/heldout_nll_nats" in each["metrics"]
     ]
     assert folder.count("runs") >= runs  # those of the trials and cells made anew, the old ones marked as deleted
-    assert "0 to run" in folder.run("plan", "-p", "held_out=3").stdout
-    assert "0 to run" in folder.run("plan").stdout
+    assert "0 to run" in folder.invoke("plan", "-p", "held_out=3").stdout
+    assert "0 to run" in folder.invoke("plan").stdout
     folder.run("run")  # the first probes again: what MLflow shows must follow
-    folder.run("audit")
+    folder.invoke("audit")

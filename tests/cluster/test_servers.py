@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import shlex
@@ -30,10 +29,9 @@ from memray.cluster.ledger import Ledger
 from memray.cluster.mirror import WRITER
 from memray.cluster.tracking import points, results
 from memray.spec import TrialSpec
-from memray.trial import run_trial
 
 from ..ports import free_port
-from .conftest import ROOT, STUDY, StudyFolder, sweep_of
+from .conftest import ROOT, STUDY, StudyFolder, alone, sweep_of
 from .servers import MlflowServer, Postgres, credentials, lossy, mlflow_server, postgres
 from .test_faults import wait_for
 
@@ -73,12 +71,6 @@ def options(parameters: Mapping[str, Any]) -> list[str]:
     return [word for name, value in parameters.items() for word in ("-p", f"{name}={json.dumps(value)}")]
 
 
-@functools.cache
-def alone(spec: str) -> list[dict]:
-    """What one process computes by itself."""
-    return [each.record() for each in run_trial(TrialSpec.model_validate_json(spec))]
-
-
 def assert_whole(
     study_folder: StudyFolder, server: MlflowServer, database: Postgres, patch: pytest.MonkeyPatch, **parameters: Any
 ) -> None:
@@ -95,7 +87,7 @@ def assert_whole(
     assert dict(kinds) == {"sweep": 1, "trial": len(sweep.trials), "cell": len(sweep.cells())}
     for trial in sweep.trials:
         measurements = ledger.trial(trial.trial_id()).measurements()[0]
-        assert measurements == alone(trial.model_dump_json())
+        assert measurements == alone(trial)
         expected = Counter((point.key, point.step, point.value) for point in points(measurements, 0))
         assert Counter(points_of(database, sweep.name, trial)) == expected
 
@@ -131,10 +123,10 @@ def node(cluster: Cluster, number: int, *options: str, **environment: str) -> It
     """
     command = [str(Path(sys.executable).parent / "ray"), "start", "--block", f"--address={cluster.address}", *options]
     command += [f"--node-ip-address={LOOPBACK}{number}", f"--dashboard-agent-listen-port={free_port()}"]
-    alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    alone += [] if os.geteuid() == 0 else ["--map-root-user"]
+    namespaces = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    namespaces += [] if os.geteuid() == 0 else ["--map-root-user"]
     process = subprocess.Popen(
-        [*alone, "sh", "-c", f"mount -t tmpfs tmpfs /tmp/ray && exec {shlex.join(command)}"],
+        [*namespaces, "sh", "-c", f"mount -t tmpfs tmpfs /tmp/ray && exec {shlex.join(command)}"],
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
     )
     try:

@@ -8,9 +8,8 @@ import pytest
 
 from memray.cluster.audit import audit
 from memray.cluster.ledger import Ledger
-from memray.trial import run_trial
 
-from .conftest import Head, StudyFolder, sweep_of
+from .conftest import Head, StudyFolder, alone, sweep_of
 from .test_many_devices import ray_workers, wait_until_clean
 
 SEEDS = 500
@@ -65,4 +64,4 @@ def test_a_thousand_short_trials_grow_nothing_and_leave_nothing(study_folder: St
     assert audit(sweep, ledger, f"sqlite:///{study_folder.database}") == []
     assert study_folder.count_runs() == 1 + len(sweep.trials) + len(sweep.cells())
     for trial in sweep.trials[:: 2 * SEEDS // COMPARED]:
-        assert [each.record() for each in run_trial(trial)] == ledger.trial(trial.trial_id()).measurements()[0]
+        assert alone(trial) == ledger.trial(trial.trial_id()).measurements()[0]

@@ -112,7 +112,7 @@ def test_running_a_finished_sweep_again_adds_nothing(finished: StudyFolder) -> N
 
 
 def test_a_finished_sweep_agrees_with_its_plan_ledger_and_mlflow(finished: StudyFolder) -> None:
-    assert "0 differences" in finished.run("audit").stdout
+    assert "0 differences" in finished.invoke("audit").stdout
     assert "0 differ" in finished.invoke("remeasure").stdout
     assert "4 finished, 0 running, 0 failed, 0 planned" in finished.invoke("status").stdout
 
