@@ -189,6 +189,9 @@ import ray
 
 @ray.remote(num_cpus=1, max_restarts=0)
 class Trial:
+    def __init__(self, prober):
+        self.prober = prober
+
     def train(self, folder, mark):
         asked = []
         signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
@@ -196,14 +199,22 @@ class Trial:
         while not asked:
             time.sleep(0.1)
         time.sleep(3)  # longer than a raylet that is told to end leaves its workers
-        Path(folder, "checkpoint").touch()
+        if ray.get(self.prober.looked.remote(), timeout=20):  # as trials wait for what they have asked
+            Path(folder, "checkpoint").touch()
         os._exit(0)
 
+@ray.remote(num_cpus=0, max_restarts=-1, resources={"here": 1})
+class _ProbeActor:
+    def looked(self):
+        return True
+
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+prober = _ProbeActor.remote()
+ray.get(prober.looked.remote())
 try:
-    ray.get(Trial.options(resources={"here": 1}).remote().train.remote(sys.argv[2], "begun"))
+    ray.get(Trial.options(resources={"here": 1}).remote(prober).train.remote(sys.argv[2], "begun"))
 except ray.exceptions.RayActorError:
-    again = Trial.options(resources={"here": 1}).remote()
+    again = Trial.options(resources={"here": 1}).remote(prober)
     ray.wait([again.train.remote(sys.argv[2], "again")], timeout=10)
 """
 
@@ -216,7 +227,7 @@ def test_a_node_that_is_taken_away_lets_its_trials_keep_a_checkpoint_and_takes_n
     leave = runpy.run_path(str(INFRA / "leave_node.py"))["leave"]
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
-        node = cluster.add_node(num_cpus=1, resources={"here": 1})
+        node = cluster.add_node(num_cpus=1, resources={"here": 2})
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
         environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
         command = [sys.executable, "-c", WORKER, cluster.address, str(tmp_path)]

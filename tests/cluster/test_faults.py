@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from memray.cluster.audit import audit
 from memray.cluster.ledger import Ledger
 from memray.sweep import load
 
-from .conftest import StudyFolder, alone
+from .conftest import Head, StudyFolder, alone
 
 pytestmark = pytest.mark.fault
 
@@ -93,3 +94,24 @@ def test_two_overlapping_launches_run_every_trial_once(study_folder: StudyFolder
     attempts = [json.loads(path.read_text())["attempt"] for path in finished_trials(study_folder)]
     assert attempts == [1, 1, 1, 1]
     assert_undisturbed(study_folder, epochs=300)
+
+
+def test_two_overlapping_launches_on_a_bucket_write_each_run_once(
+    study_folder: StudyFolder, head: Head, bucket: str
+) -> None:
+    """Of one cluster, whose actor decides between them."""
+    study_folder.storage.mkdir()
+    uri = f"sqlite:///{study_folder.database}"
+    shared = replace(study_folder, uri=bucket.format("overlap"), environment={"MLFLOW_TRACKING_URI": uri})
+    command = ("run", "-p", "epochs=100", "--address", head.address, "--max-concurrent", "1")
+    launches = [shared.start(*command) for _ in range(2)]
+    outputs = [launch.communicate(timeout=280)[0] for launch in launches]
+    assert [launch.returncode for launch in launches] == [0, 0], outputs
+    sweep = load(study_folder.folder / study_folder.study, epochs=100)
+    ledger = Ledger(bucket.format("overlap"), sweep.name)
+    assert audit(sweep, ledger, uri) == []
+    assert study_folder.count_runs() == 1 + len(sweep.trials) + len(sweep.cells())
+    leases = [ledger.storage.read_bytes(f"small/{trial.trial_id()}/leases/0001.json") for trial in sweep.trials]
+    assert len({json.loads(lease)["launch"] for lease in leases}) == 2  # each of them ran some
+    for trial in sweep.trials:
+        assert alone(trial) == ledger.trial(trial.trial_id()).measurements()[0]

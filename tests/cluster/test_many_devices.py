@@ -175,7 +175,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "small.py").write_text(STUDY)
     # Without checkpoints, which leave the ids alone.
-    sweep = load(folder / "small.py", stages=(1, 3), epochs=LONG["epochs"])
+    sweep = load(folder / "small.py", stages=(3,), epochs=LONG["epochs"])
     ledger = Ledger(str(folder / "runs"), "small")
     one, *many = sweep.trials
     with ledger.trial(one.trial_id()).claim(one.canonical_json(), "launch") as attempt:

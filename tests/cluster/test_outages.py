@@ -212,6 +212,13 @@ def test_a_trial_that_runs_out_of_memory_is_recorded_and_the_others_go_on(tmp_pa
     assert "out of memory: Ray ended the trial as its node ran low. It was planned to take 4.5 GiB" in done.stderr
     assert "2 finished, 0 running, 1 failed" in study_folder.invoke("status", *options[:-2]).stdout
     assert sorted(run.info.status for run in runs_of(study_folder, "trial")) == ["FAILED", "FINISHED", "FINISHED"]
+    sweep = sweep_of(study_folder, seeds=1, alphabet_sizes=(2, 7, 26))
+    ledger = Ledger(str(study_folder.storage), "small")
+    for trial in sweep.trials:
+        folder = ledger.trial(trial.trial_id())
+        assert folder.state() == "failed" or folder.measurements()[0] == alone(trial)
+    differences = audit(sweep, ledger, f"sqlite:///{study_folder.database}")
+    assert [each for each in differences if "the ledger says failed" not in each and "cell" not in each] == []
 
 
 class BusyHub(http.server.BaseHTTPRequestHandler):
