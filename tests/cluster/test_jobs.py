@@ -193,19 +193,15 @@ def test_a_job_with_a_failing_trial_fails_and_finishes_the_others(head: Head, pr
         FAILING_STUDY.replace("def sweep", f"BROKEN = {str(broken)!r}\n\n\ndef sweep")
     )
     options = ["-p", "seeds=1", "--storage", str(storage)]
-    done = ray_job_submit(project, head, "python", "-m", "memray", "run", "sweeps/small.py", *options)
-    assert done.returncode == 1, done.stdout + done.stderr
-    job, log = last_job(head)
-    assert (job.status, job.driver_exit_code) == ("FAILED", 1)
-    assert "failed: " in log
-    assert attempts(storage, "small") == [1]
-    assert run_states(storage, "small")["trial"] == ["FAILED", "FINISHED"]
-
     done = memray(project, "submit", "sweeps/small.py", *options, "--address", head.dashboard)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "1 trials to run" in done.stdout
+    assert "2 trials to run" in done.stdout
+    assert "failed: " in done.stdout
     assert done.stdout.endswith("FAILED\n")
+    job, _ = last_job(head)
+    assert (job.status, job.driver_exit_code) == ("FAILED", 1)
     assert attempts(storage, "small") == [1]
+    assert run_states(storage, "small")["trial"] == ["FAILED", "FINISHED"]
 
 
 @pytest.mark.fault

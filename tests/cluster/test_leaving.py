@@ -40,12 +40,12 @@ def test_a_launch_that_is_asked_to_leave_keeps_checkpoints_and_is_continued(stud
     assert not list(study_folder.storage.glob("small/.leave-*"))
     study_folder.run("run", *LONG)
     assert min(resumed(study_folder)) > 0
-    assert_undisturbed(study_folder, epochs=300)
+    assert_undisturbed(study_folder, epochs=300, seeds=1)
 
 
 @pytest.mark.timeout(600)
 def test_a_trial_whose_processes_are_taken_back_time_and_again_goes_on_elsewhere(study_folder: StudyFolder) -> None:
-    options = (*LONG, "-p", "seeds=1", "-p", "alphabet_sizes=[7]")
+    options = (*LONG, "-p", "alphabet_sizes=[7]")
     process = study_folder.start("run", *options)
     # More often than a trial that comes no further is tried again.
     for _ in range(MAX_FAILURES + 2):
