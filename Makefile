@@ -30,7 +30,8 @@ test: $(VENV)/.installed  ## under ten minutes on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 test-faults: $(VENV)/.installed  ## kills and outages, under forty minutes
-	$(BIN)/python -m pytest -q -m fault --durations=25
+	$(BIN)/python -m pytest -q -m "fault and not quiet" -n 2 --dist loadfile --durations=25
+	$(BIN)/python -m pytest -q -m "fault and quiet"
 
 soak: $(VENV)/.installed  ## what takes long: a thousand trials, and a thousand strings, killed and resumed
 	$(BIN)/python -m pytest -q -s -m soak

@@ -14,6 +14,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from memray.cluster.ledger import Ledger
+from memray.cluster.submission import Job, code_sha256, runtime_env
 
 from .conftest import ROOT, STUDY, Head
 
@@ -234,6 +235,10 @@ REFUSED = {
         ["--storage", "/shared/runs", "--tracking-uri", "sqlite:///runs/mlflow.db"],
         "must be absolute, but it is sqlite:///runs/mlflow.db",
     ),
+    "a variable that is not set": (
+        ["--storage", "/shared/runs", "--send", "MEMRAY_NO_SUCH_KEY"],
+        "what is sent to a job must be set here, but MEMRAY_NO_SUCH_KEY is not",
+    ),
 }
 
 
@@ -243,6 +248,22 @@ def test_a_job_that_would_lose_its_results_is_refused(what: str) -> None:
     done = memray(ROOT, "submit", "sweeps/demo.py", "--address", "http://127.0.0.1:9", *arguments)
     assert done.returncode == 2
     assert sentence in done.stderr
+
+
+def test_changed_code_is_another_job(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+
+    def base_id() -> str:
+        told = {"code_sha256": code_sha256("sweeps/small.py")}
+        return Job("small", "command", runtime_env({}), told, {}).base_id()
+
+    assert base_id() == base_id()
+    seen = {base_id()}
+    for path in ("sweeps/small.py", "memray/cost.py"):
+        with (project / path).open("a") as file:
+            file.write("# a change that nobody committed\n")
+        seen.add(base_id())
+    assert len(seen) == 3
 
 
 def test_a_study_that_the_job_would_not_carry_is_refused(tmp_path: Path) -> None:

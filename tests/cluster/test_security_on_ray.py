@@ -426,6 +426,8 @@ def test_submit_asks_for_the_token_and_its_job_leaves_no_secret(
     places += ["--tracking-uri", with_password(server.uri, IN_TRACKING)]
     with head_with_token(shell) as address:
         submit = ["submit", "small.py", "-p", "seeds=1", "--address", address, *places]
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+            submit += ["--send", name]
         shell.run(*submit, expect=3, RAY_AUTH_TOKEN="another", PYTHONPATH="")
         shell.run(*submit, PYTHONPATH="")
         told = shell.told()
