@@ -187,8 +187,14 @@ class Mirror:
 
     def _send_all(self, failed: int, left: int) -> None:
         tracker = self._connected()
-        tracker.send_all(self.sweep.trials)
+        damaged: ValueError | None = None
+        try:
+            tracker.send_all(self.sweep.trials)
+        except ValueError as error:  # one damaged trial keeps no cell but its own from being sent
+            damaged = error
         tracker.send_cells(self.sweep.cells())
+        if damaged is not None:
+            raise damaged
         tracker.close(self._write_figures, failed=failed, left=left)
 
     def pages(self) -> dict[str, str]:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 from urllib.parse import urlencode
 
 # Set before the import: no word to anybody, and no retries, for those of the client would make a run twice where the
@@ -54,7 +54,8 @@ STAGES_SHOWN = 200
 AT_LAST = ("phase/", "order/")
 # The tag that holds the traceback of a trial that failed.
 FAILURE = "memray.failure"
-TRACKING_ERRORS = (MlflowException, OSError)
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Tracker:
@@ -156,22 +157,25 @@ class Tracker:
         """Sends what is new of different trials side by side: whether nothing more can come, of each.
 
         Raises:
-            ValueError: If a trial's folder is damaged, once the others are sent.
+            ValueError: If a trial's folder is damaged, once the others are sent (as does `send_cells`).
         """
+        return self._side_by_side(self.send, trials)
+
+    def _side_by_side(self, send: Callable[[T], R], items: Iterable[T]) -> list[R]:
         damaged: list[ValueError] = []
 
-        def send(trial: TrialSpec) -> bool:
+        def tried(item: T) -> R | None:
             try:
-                return self.send(trial)
+                return send(item)
             except ValueError as error:
                 damaged.append(error)
-                return False
+                return None
 
         with ThreadPoolExecutor(self.calls_at_once) as pool:
-            are_whole = list(pool.map(send, trials))
+            results = list(pool.map(tried, items))
         if damaged:
             raise damaged[0]
-        return are_whole
+        return cast("list[R]", results)
 
     def send(self, trial: TrialSpec) -> bool:
         """Sends what the folder of a trial holds and the server lacks; True once nothing more can come."""
@@ -280,8 +284,7 @@ class Tracker:
 
     def send_cells(self, cell_ids: Iterable[str]) -> None:
         """Sends the runs of different cells side by side."""
-        with ThreadPoolExecutor(self.calls_at_once) as pool:
-            list(pool.map(self.send_cell, cell_ids))
+        self._side_by_side(self.send_cell, cell_ids)
 
     def send_cell(self, cell_id: str) -> None:
         """The run of a cell, once all its replicates are finished: medians over its trials, epoch by epoch.

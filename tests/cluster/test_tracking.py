@@ -8,7 +8,7 @@ import pytest
 from memray.cluster.audit import audit
 from memray.cluster.ledger import Ledger
 from memray.cluster.tracking import FAILURE, Tracker, all_points, cell_measurements, costs, points
-from memray.spec import TrialSpec
+from memray.spec import StringsSpec, TrialSpec
 from memray.sweep import Sweep
 
 
@@ -155,7 +155,8 @@ def test_of_two_runs_that_two_writers_made_whoever_looks_next_deletes_one(tmp_pa
 
 
 def test_a_damaged_folder_keeps_only_its_own_trial_from_mlflow(tmp_path: Path, tracking_uri: str) -> None:
-    sweep = Sweep([TrialSpec(string_seed=seed) for seed in range(3)], name="damaged")
+    other_cell = StringsSpec(alphabet_size=3)
+    sweep = Sweep([TrialSpec(), TrialSpec(string_seed=1), TrialSpec(strings=other_cell)], name="damaged")
     ledger = finish_all(sweep, tmp_path)
     damaged, *others = sweep.trials
     (tmp_path / "damaged" / damaged.trial_id() / "measurements" / "0001-0001.jsonl").write_text("edited")
@@ -165,3 +166,6 @@ def test_a_damaged_folder_keeps_only_its_own_trial_from_mlflow(tmp_path: Path, t
     for trial in others:
         run = tracker.client.get_run(tracker.runs["trial", trial.trial_id()].info.run_id)
         assert run.info.status == "FINISHED"
+    with pytest.raises(ValueError, match="does not match the digest"):
+        tracker.send_cells(sweep.cells())
+    assert ("cell", others[-1].cell_id()) in tracker.runs
