@@ -196,6 +196,8 @@ class Mirror:
         if damaged is not None:
             raise damaged
         tracker.close(self._write_figures, failed=failed, left=left)
+        if self.ledger.needs_claims:  # without a lease: of two that end at once, the later sees what both have made
+            tracker.existing_runs()
 
     def pages(self) -> dict[str, str]:
         """Where to look in MLflow; nothing if it was never reached."""

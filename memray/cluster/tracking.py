@@ -91,7 +91,7 @@ class Tracker:
         self.calls_at_once = CALLS_AT_ONCE if tracking_uri.startswith("http") else 1
         self.client = MlflowClient(tracking_uri)
         self.experiment_id = self._experiment()
-        self.runs = self._existing_runs()
+        self.runs = self.existing_runs()
         self.parent_id = self._parent()
         self.cursors: dict[str, Cursor] = {}
         self.failed = {run.info.run_id for run in self.runs.values() if FAILURE in run.data.tags}
@@ -115,7 +115,7 @@ class Tracker:
                 raise
             return found.experiment_id
 
-    def _existing_runs(self) -> dict[tuple[str, str], Run]:
+    def existing_runs(self) -> dict[tuple[str, str], Run]:
         """Runs by (kind, key), where the key is the trial's, the cell's or the sweep's.
 
         A second run of one key is deleted: where an answer comes too late, or two clusters share a bucket, one may have
