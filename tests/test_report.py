@@ -325,6 +325,15 @@ def test_a_tiny_p_value_is_not_printed_as_zero():
     assert trend.sentence().endswith("Holm-adjusted p < 0.001, 8 to 9 replicates a level)")
 
 
+def test_of_many_levels_the_first_and_the_last_are_named():
+    levels = tuple(map(float, range(1, 101)))
+    trend = Trend(
+        factor="strings.length", levels=levels, held={}, replicates=(5,) * 100, statistic=0.0, num_pairs=72,
+        p_value=0.5, adjusted_p_value=0.5, notes=(),
+    )  # fmt: skip
+    assert "as strings.length rises over 100 levels from 1 to 100 (" in trend.sentence()
+
+
 # --- health ------------------------------------------------------------------------------------------------------
 
 

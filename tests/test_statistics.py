@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy import ndarray
 from scipy import stats
 
+from memray.measures import statistics
 from memray.measures.statistics import (
     Alternative,
     bootstrap_interval,
@@ -209,19 +210,30 @@ def literal_p_values(groups: list[list[float]]) -> dict[Alternative, float]:
 levels = st.sampled_from([0.0, 1.0, 2.0, 3.0, nan])
 
 
+@pytest.mark.parametrize("counted_in_pairs", [500, 2])
 @settings(deadline=None, max_examples=12)
 @given(
     groups=st.lists(st.lists(levels, min_size=1, max_size=3), min_size=2, max_size=4).filter(
         lambda groups: sum(map(len, groups)) <= 6
     )
 )
-def test_the_trend_test_equals_a_literal_count_over_all_permutations(groups):
-    for alternative, expected in literal_p_values(groups).items():
-        statistic, p_value = jonckheere_terpstra(
-            [strictly(group) for group in groups], alternative=alternative, rng=generator()
-        )
-        assert statistic == literal_count(groups)
-        assert p_value == pytest.approx(expected)
+def test_the_trend_test_equals_a_literal_count_over_all_permutations(counted_in_pairs, groups):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "_COUNTED_IN_PAIRS", counted_in_pairs)
+        for alternative, expected in literal_p_values(groups).items():
+            statistic, p_value = jonckheere_terpstra(
+                [strictly(group) for group in groups], alternative=alternative, rng=generator()
+            )
+            assert statistic == literal_count(groups)
+            assert p_value == pytest.approx(expected)
+
+
+def test_many_values_are_counted_exactly():
+    rng = generator()
+    groups = [rng.integers(0, 200, size=size).astype(float) for size in (400, 1, 350, 500)]
+    later = [(first, second) for k, first in enumerate(groups) for second in groups[k + 1 :]]
+    count = sum(np.sum(a[:, None] < b) + 0.5 * np.sum(a[:, None] == b) for a, b in later)
+    assert jonckheere_terpstra(groups, alternative="increasing", rng=rng, permutations=9).statistic == count
 
 
 @pytest.mark.parametrize("with_ties", [False, True])

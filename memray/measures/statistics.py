@@ -21,6 +21,8 @@ Alternative = Literal["increasing", "decreasing", "two-sided"]
 
 # Elements of the largest temporary array, so that memory stays flat whatever the number of replicates.
 _BATCH_ELEMENTS = 10_000_000
+# Values of a trend whose pairs are counted one by one; of more, sorting is faster (1.3 against 0.3 ms at a thousand).
+_COUNTED_IN_PAIRS = 500
 
 
 class Interval(NamedTuple):
@@ -181,7 +183,7 @@ def jonckheere_terpstra(
         permutation_type="independent" if can_deal else "pairings",
         vectorized=True,
         n_resamples=permutations,
-        batch=_batch(sum(sizes) ** 2),
+        batch=_batch(min(sum(sizes), _COUNTED_IN_PAIRS) * sum(sizes)),
         alternative={"increasing": "greater", "decreasing": "less", "two-sided": "two-sided"}[alternative],
         axis=-1,
         rng=rng,
@@ -217,11 +219,27 @@ def _concordant_pairs(
     ranks: Float[ndarray, "*batch values"], bounds: Int[ndarray, " inner_bounds"]
 ) -> Float[ndarray, "*batch"]:
     """Pairs of values of two groups in order, ties as halves; `bounds` say where the later groups begin."""
+    if ranks.shape[-1] > _COUNTED_IN_PAIRS:
+        return np.apply_along_axis(_concordant_by_tau, -1, ranks, bounds)
     count = np.zeros(ranks.shape[:-1])
     for later, begin in zip(np.split(ranks, bounds, axis=-1)[1:], bounds, strict=True):
         difference = later[..., None, :] - ranks[..., :begin, None]
         count += np.sum(0.5 * (np.sign(difference) + 1.0), axis=(-1, -2))
     return count
+
+
+def _concordant_by_tau(ranks: Float[ndarray, " values"], bounds: Int[ndarray, " inner_bounds"]) -> float:
+    """The same from Kendall's tau-b of groups and values, which scipy counts in n log n steps instead of n^2."""
+    groups = np.searchsorted(bounds, np.arange(len(ranks)), side="right")
+    pairs = len(ranks) * (len(ranks) - 1) / 2
+    of_two_groups, of_two_values = (
+        pairs - np.sum((sizes := np.unique(values, return_counts=True)[1]) * (sizes - 1)) / 2
+        for values in (groups, ranks)
+    )
+    if of_two_values == 0:
+        return of_two_groups / 2
+    tau = stats.kendalltau(groups, ranks, variant="b", method="asymptotic").statistic
+    return (of_two_groups + np.rint(tau * math.sqrt(of_two_groups) * math.sqrt(of_two_values))) / 2
 
 
 def _resample(

@@ -53,6 +53,8 @@ SIGNIFICANT = 0.05
 # With fewer a level, a trend is shown with a reservation (protocol, section 3).
 ENOUGH_REPLICATES = 5
 PERMUTATIONS = 9_999
+# Levels of a factor that a sentence names one by one.
+NAMED_LEVELS = 12
 
 MAX_TIE_RATE = 0.01
 MAX_EPOCHS_BELOW_GUESSING = 5.0
@@ -182,7 +184,10 @@ class Trend:
 
     def sentence(self) -> str:
         """The trend in plain words; one that may be chance is called undecided."""
-        over = f"as {self.factor} rises over {', '.join(map(value_text, self.levels))}"
+        levels = [value_text(level) for level in self.levels]
+        if len(levels) > NAMED_LEVELS:
+            levels = [f"{len(levels)} levels from {levels[0]} to {levels[-1]}"]
+        over = f"as {self.factor} rises over {', '.join(levels)}"
         if self.held:
             over += f", at {', '.join(f'{name} = {value_text(value)}' for name, value in self.held.items())},"
         p_text = "p < 0.001" if self.adjusted_p_value < 0.001 else f"p = {self.adjusted_p_value:.2g}"
