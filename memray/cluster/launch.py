@@ -13,13 +13,14 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
+os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")  # or actors start one by one; `Grid` holds them back
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a model's directory may be named from where the launch stands
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a banner even when it is told to be silent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -241,7 +242,7 @@ def _launch_on_cluster(
                 watcher.began(len(remaining), max(min(room.now(), len(room.trials)) for room in groups))
             for room in groups:
                 announcer = Announcer(ledger, watcher, room, leaving, counts)
-                run_on_tune(room.trials, replace(shared, probe_actors=pool.actors), announcer)
+                run_on_tune(replace(shared, probe_actors=pool.actors), announcer)
                 deaths |= announcer.deaths
                 busy |= announcer.busy
         remaining = [spec for spec in remaining if spec.trial_id() in busy]
@@ -263,24 +264,24 @@ class Shared:
     probe_actors: list[Any]
 
 
-def run_on_tune(trials: Sequence[TrialSpec], shared: Shared, announcer: Announcer) -> None:
-    """Lets Tune run each of the trials once."""
-    by_id = {spec.trial_id(): spec for spec in trials}
+def run_on_tune(shared: Shared, announcer: Announcer) -> None:
+    """Lets Tune run each of the announcer's trials once."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
 
     def asked(config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        spec = by_id[config["cell"]["trial_id"]]
+        # From the cell: Tune reads this function anew for each trial, with all that it refers to.
+        spec = TrialSpec.model_validate_json(config["cell"]["spec"])
         actor = of_actor(spec)
         labels = off_spot(nodes, actor["CPU"]) if spec.compute.engine == "deepspeed" else {}
         return tune.PlacementGroupFactory([actor], bundle_label_selector=[labels] if labels else None)
 
     trainable = tune.with_resources(_leaving_on_sigterm(tune.with_parameters(_run_in_actor, shared=shared)), asked)
-    cells = [{"trial_id": trial_id, "spec": spec.model_dump_json()} for trial_id, spec in by_id.items()]
     with tempfile.TemporaryDirectory(prefix="memray-tune-") as scratch:
         tune.Tuner(
             trainable,
-            param_space={"cell": tune.grid_search(cells)},
-            tune_config=tune.TuneConfig(search_alg=announcer.searcher, reuse_actors=True),
+            tune_config=tune.TuneConfig(
+                search_alg=announcer.grid, num_samples=len(announcer.room.trials), reuse_actors=True
+            ),
             run_config=tune.RunConfig(
                 name=shared.launch_name,
                 storage_path=scratch,
