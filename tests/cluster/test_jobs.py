@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from mlflow.tracking import MlflowClient
 from memray.cluster.ledger import Ledger
 from memray.cluster.submission import Job, code_sha256, runtime_env
 
+from ..ports import free_port
 from .conftest import ROOT, STUDY, Head
 
 # One trial of two fails: the directory's tokenizer and config satisfy the plan, and its weights are cut off.
@@ -65,6 +68,29 @@ def ray_job_submit(folder: Path, head: Head, *command: str) -> subprocess.Comple
     return subprocess.run(
         words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600, check=False
     )
+
+
+@contextmanager
+def driver_node(head: Head) -> Iterator[str]:
+    """A second node, labelled for drivers; its id."""
+    from ray.util.state import list_nodes
+
+    before = {node.node_id for node in list_nodes(address=head.dashboard)}
+    words = [str(Path(sys.executable).parent / "ray"), "start", "--block", f"--address={head.address}"]
+    words += ["--node-ip-address=127.0.0.1", "--num-cpus=1", "--labels=role=driver"]
+    words += [f"--dashboard-agent-listen-port={free_port()}"]
+    variables = environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    node = subprocess.Popen(words, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (joined := {each.node_id for each in list_nodes(address=head.dashboard)} - before):
+            assert node.poll() is None
+            assert time.monotonic() < deadline, "the node did not join"
+            time.sleep(0.3)
+        yield str(joined.pop())
+    finally:
+        node.terminate()
+        node.wait(timeout=30)
 
 
 def last_job(head: Head):
@@ -181,7 +207,9 @@ def test_submit_follows_a_job_that_outlives_it(head: Head, project: Path, tmp_pa
 
 @pytest.mark.fault
 @pytest.mark.timeout(600)
-def test_a_job_with_a_failing_trial_fails_and_finishes_the_others(head: Head, project: Path, tmp_path: Path) -> None:
+def test_a_job_with_a_failing_trial_fails_and_finishes_the_others_from_the_node_of_its_driver(
+    head: Head, project: Path, tmp_path: Path
+) -> None:
     from memray.models import character_tokenizer, load_model
     from memray.spec import ModelSpec
 
@@ -194,13 +222,16 @@ def test_a_job_with_a_failing_trial_fails_and_finishes_the_others(head: Head, pr
         FAILING_STUDY.replace("def sweep", f"BROKEN = {str(broken)!r}\n\n\ndef sweep")
     )
     options = ["-p", "seeds=1", "--storage", str(storage)]
-    done = memray(project, "submit", "sweeps/small.py", *options, "--address", head.dashboard)
+    options += ["--driver-label", "role=driver", "--address", head.dashboard]
+    with driver_node(head) as node_id:
+        done = memray(project, "submit", "sweeps/small.py", *options)
+        job, _ = last_job(head)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "2 trials to run" in done.stdout
     assert "failed: " in done.stdout
     assert done.stdout.endswith("FAILED\n")
-    job, _ = last_job(head)
     assert (job.status, job.driver_exit_code) == ("FAILED", 1)
+    assert job.driver_node_id == node_id
     assert attempts(storage, "small") == [1]
     assert run_states(storage, "small")["trial"] == ["FAILED", "FINISHED"]
 
