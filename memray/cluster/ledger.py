@@ -171,18 +171,22 @@ class Ledger:
         self.storage.replace(f"{self.sweep}/.writable", mark.encode())
         return mark
 
-    def ask_to_leave(self, launch: str) -> None:
-        """Ask the trials of a launch to keep a checkpoint and leave."""
-        self.storage.replace(_leave_file(self.sweep, launch), b"")
+    def ask_to_leave(self, whom: str) -> None:
+        """Ask the trials of a launch, or one attempt of one, to keep a checkpoint and leave.
 
-    def is_asked_to_leave(self, launch: str) -> bool:
-        """Whether the trials of a launch were asked."""
-        return self.storage.exists(_leave_file(self.sweep, launch))
+        Args:
+            whom: The launch's name, or one that the attempt was given and no other has.
+        """
+        self.storage.replace(_leave_file(self.sweep, whom), b"")
 
-    def forget_launch(self, launch: str) -> None:
-        """Tidy up after a launch that has ended."""
-        with contextlib.suppress(OSError):  # a leftover asks nobody: no other launch has this name
-            self.storage.delete(_leave_file(self.sweep, launch))
+    def is_asked_to_leave(self, whom: str) -> bool:
+        """Whether they were asked."""
+        return self.storage.exists(_leave_file(self.sweep, whom))
+
+    def forget_asking(self, whom: str) -> None:
+        """Tidy up after they have left."""
+        with contextlib.suppress(OSError):  # a leftover asks nobody: no other has this name
+            self.storage.delete(_leave_file(self.sweep, whom))
 
     def mark(self) -> str | None:
         """What `check_writable` wrote last; None where it never did."""
@@ -192,8 +196,8 @@ class Ledger:
             return None
 
 
-def _leave_file(sweep: str, launch: str) -> str:
-    return f"{sweep}/.leave-{launch}"
+def _leave_file(sweep: str, whom: str) -> str:
+    return f"{sweep}/.leave-{whom}"
 
 
 def _file_name(name: str, what: str) -> str:

@@ -9,7 +9,7 @@ import platform
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Recorder:
         trained: What an earlier run of the trial showed, which this one must repeat.
         told: Told the epoch after each segment.
         is_main: Whether measurements come through this process.
-        launch: The launch that may ask the trial to leave; None where none can.
+        asked_as: The names under which the ledger may ask the trial to leave: its launch's, for one.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Recorder:
         trained: TrialFolder | None = None,
         told: Callable[[int], None] = lambda epoch: None,
         is_main: bool = True,
-        launch: str | None = None,
+        asked_as: Sequence[str] = (),
     ) -> None:
         self.spec = spec
         self.writer = writer
@@ -73,7 +73,7 @@ class Recorder:
         self.trained = trained
         self.told = told
         self.is_main = is_main
-        self.launch = launch
+        self.asked_as = asked_as
         self.is_asked = False
         self.asked_s = 0.0
         self.gathered: list[Measurement] = []
@@ -165,12 +165,12 @@ class Recorder:
                 raise Left(f"trial {self.spec.trial_id()} was asked to leave, and is looked at again from the start")
 
     def _is_asked_to_leave(self) -> bool:
-        """Whether this process was asked, or the launch asks through the main one, which looks now and then."""
+        """Whether this process was asked, or the ledger asks through the main one, which looks now and then."""
         self.is_asked = self.is_asked or leaving.is_asked()
-        if self.is_main and self.launch and not self.is_asked and time.monotonic() - self.asked_s > LEAVE_LOOK_S:
+        if self.is_main and not self.is_asked and time.monotonic() - self.asked_s > LEAVE_LOOK_S:
             self.asked_s = time.monotonic()
             with contextlib.suppress(OSError):  # a storage that is away for a moment asks nothing
-                self.is_asked = self.writer.folder.ledger.is_asked_to_leave(self.launch)
+                self.is_asked = any(map(self.writer.folder.ledger.is_asked_to_leave, self.asked_as))
         return self.is_asked
 
     def keep(self, epoch: int, engine: Engine) -> None:

@@ -18,7 +18,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from memray.cluster.documents import START, Cursor, KeptCheckpoint
-from memray.cluster.leaving import at_work, leave_on_sigterm
+from memray.cluster.leaving import at_work, is_asked, leave_on_sigterm
 from memray.cluster.ledger import Attempt, TrialFolder
 from memray.cluster.resources import is_on_cpu, of_worker
 from memray.spec import TrialSpec
@@ -47,6 +47,7 @@ def train(
         told: Told now and then how far the trial has come.
     """
     on_gpu = not is_on_cpu(spec)
+    waiting = Waiting(attempt, told, f"{launch_name}-{spec.trial_id()}-{attempt.number}")
     with tempfile.TemporaryDirectory(prefix="memray-train-") as scratch:
         trainer = TorchTrainer(
             _work,
@@ -55,7 +56,7 @@ def train(
                 "writer": attempt.elsewhere(),
                 "checkpoint": checkpoint,
                 "trained": trained,
-                "launch_name": launch_name,
+                "asked_as": (launch_name, waiting.asks_as),
                 "owner": owner,
                 "probe_actors": probe_actors,
             },
@@ -65,7 +66,8 @@ def train(
             torch_config=LeavingConfig(backend="nccl" if on_gpu else "gloo"),
             run_config=RunConfig(name=spec.trial_id(), storage_path=scratch),
         )
-        errors = _fit(trainer, Progress(attempt, told).look)
+        errors = _fit(trainer, waiting.look)
+    attempt.folder.ledger.forget_asking(waiting.asks_as)
     for error in errors:
         raise _of_worker(error)
 
@@ -105,15 +107,23 @@ def _fit(trainer: TorchTrainer, look: Callable[[], None]) -> list[Exception]:
 
 
 @dataclass
-class Progress:
-    """Looks into the trial's folder how far its workers have come."""
+class Waiting:
+    """Looks into the trial's folder how far its workers have come, and asks them to leave if this process was asked.
+
+    Attributes:
+        asks_as: The name under which it asks: of this attempt alone, or the next one would leave too.
+    """
 
     attempt: Attempt
     told: Callable[[int], None]
+    asks_as: str
     cursor: Cursor = START
     epoch: int = 0
 
     def look(self) -> None:
+        if is_asked():
+            with contextlib.suppress(OSError):  # asked again at the next look
+                self.attempt.folder.ledger.ask_to_leave(self.asks_as)
         with contextlib.suppress(OSError):  # a storage that is away for a moment ends no training
             lines, self.cursor = self.attempt.folder.measurements(self.cursor)
             self.epoch = lines[-1]["epoch"] if lines else self.epoch
@@ -156,7 +166,7 @@ def _work(config: dict[str, Any]) -> None:
         config["checkpoint"],
         trained=config["trained"],
         is_main=rank == 0,
-        launch=config["launch_name"],
+        asked_as=config["asked_as"],
     )
     engines: list[DeepSpeedEngine] = []
 

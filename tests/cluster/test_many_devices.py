@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -228,14 +229,20 @@ def test_a_trial_killed_twice_ends_bit_identical(
 
 
 @pytest.mark.timeout(600)
-def test_a_worker_that_is_asked_to_leave_keeps_a_checkpoint_of_all_and_the_trial_goes_on(
+def test_a_process_that_is_asked_to_leave_keeps_a_checkpoint_of_all_and_the_trial_goes_on(
     study_folder: StudyFolder, head: Head, undisturbed: dict[str, str]
 ) -> None:
     options = ["-p", f"epochs={LONG['epochs']}", "-p", "stages=[3]"]
     _, trial = load(study_folder.folder / "small.py", stages=(3,), epochs=LONG["epochs"]).trials
     process = study_folder.start("run", *options, "--address", head.address)
-    segments = f"small/{trial.trial_id()}/measurements/0001-*.jsonl"
-    wait_for(lambda: list(study_folder.storage.glob(segments)), 150, process)
+    folder = study_folder.storage / "small" / trial.trial_id()
+    wait_for(lambda: list(folder.glob("leases/0001.json")), 150, process)
+    # The actor trains nothing itself: it asks its workers.
+    os.kill(json.loads((folder / "leases" / "0001.json").read_text())["pid"], signal.SIGTERM)
+    wait_for(lambda: list(folder.glob("measurements/0002-*.jsonl")), 150, process)
+    (checkpoint,) = folder.glob("checkpoints/0001-*.json")
+    assert json.loads(checkpoint.read_text())["epoch"] < LONG["epochs"]
+    assert not list(folder.parent.glob(".leave-*"))
     workers = [worker for worker, title in ray_workers(head) if title.startswith(TITLES["a worker"])]
     workers[-1].send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=280)
@@ -243,6 +250,7 @@ def test_a_worker_that_is_asked_to_leave_keeps_a_checkpoint_of_all_and_the_trial
     ledger = Ledger(str(study_folder.storage), "small")
     finished = ledger.trial(trial.trial_id()).finished()
     assert finished is not None
-    assert finished.summary["resumed_from_epoch"] > 0
+    assert finished.attempt == 3
+    assert finished.summary["resumed_from_epoch"] > json.loads(checkpoint.read_text())["epoch"]
     assert digest_of(ledger, trial) == undisturbed[trial.trial_id()]
     assert "0 differences" in study_folder.invoke("audit", *options).stdout
