@@ -16,8 +16,8 @@ import psutil
 
 # Ray's own among the raylet's children: without either the raylet ends.
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-# The actors that score for trials of this node and of others.
-PROBING = "ray::_ProbeActor"
+# Those that trials wait for before they can keep a checkpoint: who scores for them, and who drives their workers.
+LAST = ("ray::_ProbeActor", "ray::TrainController")
 
 
 def leave(raylet: psutil.Process, grace_s: float) -> int:
@@ -33,11 +33,10 @@ def leave(raylet: psutil.Process, grace_s: float) -> int:
         subprocess.run(drain, timeout=grace_s / 4, check=True)
     except (subprocess.SubprocessError, OSError) as error:
         sys.stderr.write(f"this node is not drained: {error}\n")
-    # Last those that trials wait for before they can keep a checkpoint.
-    probing = [each for each in workers if " ".join(each.cmdline()).startswith(PROBING)]
-    training = [each for each in workers if each not in probing]
+    last = [each for each in workers if " ".join(each.cmdline()).startswith(LAST)]
+    first = [each for each in workers if each not in last]
     left, deadline_s = [], time.monotonic() + grace_s
-    for some in (training, probing):
+    for some in (first, last):
         for each in some:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.terminate()

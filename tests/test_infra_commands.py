@@ -6,19 +6,16 @@ Only those of Ray, MLflow and this project can be asked. What is called on a mac
 import http.server
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlflow.cli
-import psutil
 import pytest
 import typer
 from ray.scripts.scripts import cli as ray_cli
@@ -180,69 +177,6 @@ def test_a_notice_that_a_spot_instance_is_taken_empties_its_node(tmp_path: Path)
         server.shutdown()
     assert done.stdout == "leaves in 60\n", done.stderr
     assert asked == ["/latest/meta-data/spot/instance-action a-token"] * 2
-
-
-WORKER = """
-import os, signal, sys, time
-from pathlib import Path
-import ray
-
-@ray.remote(num_cpus=1, max_restarts=0)
-class Trial:
-    def __init__(self, prober):
-        self.prober = prober
-
-    def train(self, folder, mark):
-        asked = []
-        signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
-        Path(folder, mark).touch()
-        while not asked:
-            time.sleep(0.1)
-        time.sleep(3)  # longer than a raylet that is told to end leaves its workers
-        if ray.get(self.prober.looked.remote(), timeout=20):  # as trials wait for what they have asked
-            Path(folder, "checkpoint").touch()
-        os._exit(0)
-
-@ray.remote(num_cpus=0, max_restarts=-1, resources={"here": 1})
-class _ProbeActor:
-    def looked(self):
-        return True
-
-ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
-prober = _ProbeActor.remote()
-ray.get(prober.looked.remote())
-try:
-    ray.get(Trial.options(resources={"here": 1}).remote(prober).train.remote(sys.argv[2], "begun"))
-except ray.exceptions.RayActorError:
-    again = Trial.options(resources={"here": 1}).remote(prober)
-    ray.wait([again.train.remote(sys.argv[2], "again")], timeout=10)
-"""
-
-
-@pytest.mark.fault
-def test_a_node_that_is_taken_away_lets_its_trials_keep_a_checkpoint_and_takes_no_new_ones(tmp_path: Path) -> None:
-    """Between two raylets of one machine: the script ends the workers of the one that it is given, and no others."""
-    from ray.cluster_utils import Cluster
-
-    leave = runpy.run_path(str(INFRA / "leave_node.py"))["leave"]
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        node = cluster.add_node(num_cpus=1, resources={"here": 2})
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-        command = [sys.executable, "-c", WORKER, cluster.address, str(tmp_path)]
-        with subprocess.Popen(command, env=environment) as driver:
-            deadline = time.monotonic() + 60
-            while not (tmp_path / "begun").exists():
-                assert time.monotonic() < deadline, "the trial did not begin"
-                time.sleep(0.2)
-            assert leave(raylet, grace_s=40) == 0
-            assert (tmp_path / "checkpoint").exists()
-            assert raylet.is_running()  # what comes after is the node's end, and not this script's
-            driver.wait(timeout=60)
-            assert not (tmp_path / "again").exists()
-    finally:
-        cluster.shutdown()
 
 
 @pytest.mark.fault

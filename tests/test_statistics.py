@@ -210,7 +210,7 @@ def literal_p_values(groups: list[list[float]]) -> dict[Alternative, float]:
 levels = st.sampled_from([0.0, 1.0, 2.0, 3.0, nan])
 
 
-@pytest.mark.parametrize("counted_in_pairs", [500, 2])
+@pytest.mark.parametrize("counted_in_pairs", [statistics._COUNTED_IN_PAIRS, 2])
 @settings(deadline=None, max_examples=12)
 @given(
     groups=st.lists(st.lists(levels, min_size=1, max_size=3), min_size=2, max_size=4).filter(

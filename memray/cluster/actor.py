@@ -69,7 +69,7 @@ def _run(spec: TrialSpec, attempt: Attempt, launch_name: str, owner: Any, probe_
 
         # Of a trial of many devices this process has none: there the trial is trained again.
         if spec.compute.engine == "torch" and is_kept(spec, trained):
-            recorder = Recorder(spec, attempt, told=told, asked_as=(launch_name,))
+            recorder = Recorder(spec, attempt, told=told, leave_names=(launch_name,))
             recorder.record(recorder.until_asked(from_kept_weights(spec, trained)))
             return
     checkpoint = patiently(folder.checkpoint, folder.ledger.patience_s)
@@ -95,7 +95,7 @@ def _run(spec: TrialSpec, attempt: Attempt, launch_name: str, owner: Any, probe_
 
     ensure_at_hand(spec.model, owner)
     prober = ActorProber(spec.model_dump_json(), probe_actors) if probe_actors else None
-    recorder = Recorder(spec, attempt, checkpoint, trained=trained, told=told, asked_as=(launch_name,))
+    recorder = Recorder(spec, attempt, checkpoint, trained=trained, told=told, leave_names=(launch_name,))
     measurements = run_trial(spec, shelf=_shelf(owner), prober=prober, keeper=recorder)
     recorder.record(measurements, prober.summary if prober else dict)
 

@@ -71,7 +71,7 @@ class Leaving(tune.Stopper):
     def __exit__(self, *exception: object) -> None:
         if self.is_main:
             signal.signal(signal.SIGTERM, self.before)
-        self.ledger.forget_asking(self.launch_name)
+        self.ledger.forget_launch(self.launch_name)
 
     def _note(self, *signalled: object) -> None:
         self.asked_s = self.asked_s or time.monotonic()
@@ -119,16 +119,23 @@ class Grid(Searcher):
 
     Attributes:
         max_concurrent: Trials side by side at most.
+        is_over: Whether those that wait are no longer to be run.
     """
 
     def __init__(self, trials: Sequence[TrialSpec]) -> None:
         super().__init__()
         self.max_concurrent = 1
+        self.is_over = False
         self._waiting = iter(trials)
         self._running: set[str] = set()
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as `Announcer`'s
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial's configuration, of as many as Tune was told to ask for; None while there is no room."""
+        if self.is_over:
+            return Searcher.FINISHED
         if len(self._running) >= self.max_concurrent:
             return None
         self._running.add(trial_id)
@@ -216,6 +223,7 @@ class Announcer(TrialProgressCallback):
         self.watcher.ended(trial_id, state)
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        self.grid.is_over = self.leaving.asked_s is not None
         self.counts.tell(self.watcher.lag())
         if time.monotonic() - self.looked_s > NODES_S:
             self._follow_nodes()

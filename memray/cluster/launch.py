@@ -269,7 +269,7 @@ def run_on_tune(shared: Shared, announcer: Announcer) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
 
     def asked(config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        # From the cell: Tune reads this function anew for each trial, with all that it refers to.
+        # From the cell: Tune unpickles this function for each trial, with all that it refers to.
         spec = TrialSpec.model_validate_json(config["cell"]["spec"])
         actor = of_actor(spec)
         labels = off_spot(nodes, actor["CPU"]) if spec.compute.engine == "deepspeed" else {}

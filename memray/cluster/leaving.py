@@ -1,7 +1,8 @@
 """How a process makes room in time: asked with SIGTERM, its trial keeps a checkpoint and leaves.
 
-A cluster that takes a node back says so first, with SIGTERM to what runs there. A launch that is itself asked asks its
-trials through the ledger (`Ledger.ask_to_leave`), for they are on other machines.
+A cluster that takes a node back says so first, with SIGTERM to what runs there. Who is asked and has others to ask (a
+launch its trials, the actor of a trial its workers) does so through the ledger (`Ledger.ask_to_leave`), for they are on
+other machines.
 """
 
 import contextlib

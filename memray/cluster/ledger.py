@@ -66,6 +66,9 @@ from memray.cluster.storage import ClaimsAuthority, ObjectStorage, open_storage,
 
 State = Literal["planned", "running", "failed", "finished"]
 
+# What the file begins with that asks trials to leave.
+LEAVE = ".leave-"
+
 
 class Busy(RuntimeError):  # noqa: N818
     """Another launch holds the trial; the message says who, and since when."""
@@ -171,22 +174,24 @@ class Ledger:
         self.storage.replace(f"{self.sweep}/.writable", mark.encode())
         return mark
 
-    def ask_to_leave(self, whom: str) -> None:
+    def ask_to_leave(self, name: str) -> None:
         """Ask the trials of a launch, or one attempt of one, to keep a checkpoint and leave.
 
         Args:
-            whom: The launch's name, or one that the attempt was given and no other has.
+            name: The launch's, or one that begins with it and that one attempt alone looks for.
         """
-        self.storage.replace(_leave_file(self.sweep, whom), b"")
+        self.storage.replace(f"{self.sweep}/{LEAVE}{name}", b"")
 
-    def is_asked_to_leave(self, whom: str) -> bool:
+    def is_asked_to_leave(self, name: str) -> bool:
         """Whether they were asked."""
-        return self.storage.exists(_leave_file(self.sweep, whom))
+        return self.storage.exists(f"{self.sweep}/{LEAVE}{name}")
 
-    def forget_asking(self, whom: str) -> None:
-        """Tidy up after they have left."""
-        with contextlib.suppress(OSError):  # a leftover asks nobody: no other has this name
-            self.storage.delete(_leave_file(self.sweep, whom))
+    def forget_launch(self, launch: str) -> None:
+        """Tidy up after a launch that has ended."""
+        with contextlib.suppress(OSError):  # a leftover asks nobody: no other launch has this name
+            for file in self.storage.list(self.sweep):
+                if file.startswith(f"{LEAVE}{launch}"):
+                    self.storage.delete(f"{self.sweep}/{file}")
 
     def mark(self) -> str | None:
         """What `check_writable` wrote last; None where it never did."""
@@ -194,10 +199,6 @@ class Ledger:
             return self.storage.read_bytes(f"{self.sweep}/.writable").decode(errors="replace")
         except FileNotFoundError:
             return None
-
-
-def _leave_file(sweep: str, whom: str) -> str:
-    return f"{sweep}/.leave-{whom}"
 
 
 def _file_name(name: str, what: str) -> str:

@@ -53,7 +53,7 @@ class Recorder:
         trained: What an earlier run of the trial showed, which this one must repeat.
         told: Told the epoch after each segment.
         is_main: Whether measurements come through this process.
-        asked_as: The names under which the ledger may ask the trial to leave: its launch's, for one.
+        leave_names: The names under which the ledger may ask the trial to leave: its launch's, for one.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Recorder:
         trained: TrialFolder | None = None,
         told: Callable[[int], None] = lambda epoch: None,
         is_main: bool = True,
-        asked_as: Sequence[str] = (),
+        leave_names: Sequence[str] = (),
     ) -> None:
         self.spec = spec
         self.writer = writer
@@ -73,7 +73,7 @@ class Recorder:
         self.trained = trained
         self.told = told
         self.is_main = is_main
-        self.asked_as = asked_as
+        self.leave_names = leave_names
         self.is_asked = False
         self.asked_s = 0.0
         self.gathered: list[Measurement] = []
@@ -170,7 +170,7 @@ class Recorder:
         if self.is_main and not self.is_asked and time.monotonic() - self.asked_s > LEAVE_LOOK_S:
             self.asked_s = time.monotonic()
             with contextlib.suppress(OSError):  # a storage that is away for a moment asks nothing
-                self.is_asked = any(map(self.writer.folder.ledger.is_asked_to_leave, self.asked_as))
+                self.is_asked = any(map(self.writer.folder.ledger.is_asked_to_leave, self.leave_names))
         return self.is_asked
 
     def keep(self, epoch: int, engine: Engine) -> None:

@@ -47,7 +47,7 @@ def train(
         told: Told now and then how far the trial has come.
     """
     on_gpu = not is_on_cpu(spec)
-    waiting = Waiting(attempt, told, f"{launch_name}-{spec.trial_id()}-{attempt.number}")
+    waiting = Waiting(attempt, told, leave_name=f"{launch_name}-{spec.trial_id()}-{attempt.number}")
     with tempfile.TemporaryDirectory(prefix="memray-train-") as scratch:
         trainer = TorchTrainer(
             _work,
@@ -56,7 +56,7 @@ def train(
                 "writer": attempt.elsewhere(),
                 "checkpoint": checkpoint,
                 "trained": trained,
-                "asked_as": (launch_name, waiting.asks_as),
+                "leave_names": (launch_name, waiting.leave_name),
                 "owner": owner,
                 "probe_actors": probe_actors,
             },
@@ -67,7 +67,6 @@ def train(
             run_config=RunConfig(name=spec.trial_id(), storage_path=scratch),
         )
         errors = _fit(trainer, waiting.look)
-    attempt.folder.ledger.forget_asking(waiting.asks_as)
     for error in errors:
         raise _of_worker(error)
 
@@ -111,19 +110,21 @@ class Waiting:
     """Looks into the trial's folder how far its workers have come, and asks them to leave if this process was asked.
 
     Attributes:
-        asks_as: The name under which it asks: of this attempt alone, or the next one would leave too.
+        leave_name: The name under which it asks: of this attempt alone, or the next one would leave too.
     """
 
     attempt: Attempt
     told: Callable[[int], None]
-    asks_as: str
+    leave_name: str
+    has_asked: bool = False
     cursor: Cursor = START
     epoch: int = 0
 
     def look(self) -> None:
-        if is_asked():
+        if is_asked() and not self.has_asked:
             with contextlib.suppress(OSError):  # asked again at the next look
-                self.attempt.folder.ledger.ask_to_leave(self.asks_as)
+                self.attempt.folder.ledger.ask_to_leave(self.leave_name)
+                self.has_asked = True
         with contextlib.suppress(OSError):  # a storage that is away for a moment ends no training
             lines, self.cursor = self.attempt.folder.measurements(self.cursor)
             self.epoch = lines[-1]["epoch"] if lines else self.epoch
@@ -166,7 +167,7 @@ def _work(config: dict[str, Any]) -> None:
         config["checkpoint"],
         trained=config["trained"],
         is_main=rank == 0,
-        asked_as=config["asked_as"],
+        leave_names=config["leave_names"],
     )
     engines: list[DeepSpeedEngine] = []
 

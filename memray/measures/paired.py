@@ -112,9 +112,9 @@ def paired_comparison(
 def mann_whitney(first: Float[ndarray, " first"], second: Float[ndarray, " second"]) -> UnpairedComparison:
     """Mann and Whitney's test of two regimes with samples of their own, and its effect (Kerby 2014).
 
-    `jonckheere_terpstra` of two groups counts the same pairs, one by one and against permutations, which is for a few
-    replicates; this is for thousands of samples. The p-value is exact where a regime has at most 8 samples and nothing
-    ties; else that of the normal approximation, with ties and continuity corrected.
+    `jonckheere_terpstra` of two groups counts the same pairs, against permutations, which is for a few replicates; this
+    is for thousands of samples. The p-value is exact where a regime has at most 8 samples and nothing ties; else that
+    of the normal approximation, with ties and continuity corrected.
 
     Args:
         first: Value of each sample of one regime.

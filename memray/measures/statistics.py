@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from numpy import ndarray
 from scipy import stats
 
@@ -183,7 +183,7 @@ def jonckheere_terpstra(
         permutation_type="independent" if can_deal else "pairings",
         vectorized=True,
         n_resamples=permutations,
-        batch=_batch(min(sum(sizes), _COUNTED_IN_PAIRS) * sum(sizes)),
+        batch=_batch(len(ranks) ** 2 if len(ranks) <= _COUNTED_IN_PAIRS else len(ranks)),
         alternative={"increasing": "greater", "decreasing": "less", "two-sided": "two-sided"}[alternative],
         axis=-1,
         rng=rng,
@@ -220,7 +220,7 @@ def _concordant_pairs(
 ) -> Float[ndarray, "*batch"]:
     """Pairs of values of two groups in order, ties as halves; `bounds` say where the later groups begin."""
     if ranks.shape[-1] > _COUNTED_IN_PAIRS:
-        return np.apply_along_axis(_concordant_by_tau, -1, ranks, bounds)
+        return _concordant_by_tau(ranks, bounds)
     count = np.zeros(ranks.shape[:-1])
     for later, begin in zip(np.split(ranks, bounds, axis=-1)[1:], bounds, strict=True):
         difference = later[..., None, :] - ranks[..., :begin, None]
@@ -228,18 +228,32 @@ def _concordant_pairs(
     return count
 
 
-def _concordant_by_tau(ranks: Float[ndarray, " values"], bounds: Int[ndarray, " inner_bounds"]) -> float:
-    """The same from Kendall's tau-b of groups and values, which scipy counts in n log n steps instead of n^2."""
-    groups = np.searchsorted(bounds, np.arange(len(ranks)), side="right")
-    pairs = len(ranks) * (len(ranks) - 1) / 2
-    of_two_groups, of_two_values = (
-        pairs - np.sum((sizes := np.unique(values, return_counts=True)[1]) * (sizes - 1)) / 2
-        for values in (groups, ranks)
-    )
+def _concordant_by_tau(
+    ranks: Float[ndarray, "*batch values"], bounds: Int[ndarray, " inner_bounds"]
+) -> Float[ndarray, "*batch"]:
+    """The same from Kendall's tau-b of groups and values, which scipy counts in n log n steps instead of n^2.
+
+    Every row holds the same values, in another order.
+    """
+    groups = np.searchsorted(bounds, np.arange(ranks.shape[-1]), side="right")
+    of_two_groups = _untied_pairs(groups)
+    of_two_values = _untied_pairs(ranks.reshape(-1, ranks.shape[-1])[0])
     if of_two_values == 0:
-        return of_two_groups / 2
-    tau = stats.kendalltau(groups, ranks, variant="b", method="asymptotic").statistic
-    return (of_two_groups + np.rint(tau * math.sqrt(of_two_groups) * math.sqrt(of_two_values))) / 2
+        return np.full(ranks.shape[:-1], of_two_groups / 2)
+
+    def tau(row: Float[ndarray, " values"]) -> float:
+        result: Any = stats.kendalltau(groups, row, method="asymptotic")
+        return result.statistic
+
+    # Concordant pairs less discordant ones: a whole number.
+    excess = np.rint(np.apply_along_axis(tau, -1, ranks) * math.sqrt(of_two_groups) * math.sqrt(of_two_values))
+    return (of_two_groups + excess) / 2
+
+
+def _untied_pairs(values: Shaped[ndarray, " values"]) -> int:
+    """Pairs of values that differ."""
+    _, sizes = np.unique(values, return_counts=True)
+    return (len(values) ** 2 - int(np.sum(sizes**2))) // 2
 
 
 def _resample(

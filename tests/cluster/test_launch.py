@@ -1,11 +1,32 @@
 """What fits side by side, and what is refused before Ray would wait for ever."""
 
 import pytest
+from ray.tune.search import Searcher
 
+from memray.cluster.announcer import Grid
 from memray.cluster.resources import MARKET, SPOT, WAITING_CPU, concurrency, of_actor, of_worker, off_spot, phases
 from memray.spec import ComputeSpec, StringsSpec, TrialSpec
 
 GIB = 2**30
+
+
+def test_trials_are_given_once_in_order_and_not_more_than_there_is_room_for() -> None:
+    trials = [TrialSpec(strings=StringsSpec(length=length)) for length in (32, 64, 96, 128)]
+    grid = Grid(trials)
+    grid.max_concurrent = 2
+
+    def suggested(tune_id: str) -> str | None:
+        given = grid.suggest(tune_id)
+        assert given is None or isinstance(given, dict)
+        return None if given is None else given["cell"]["trial_id"]
+
+    assert [suggested(each) for each in "abc"] == [trials[0].trial_id(), trials[1].trial_id(), None]
+    grid.on_trial_complete("another")
+    assert suggested("c") is None
+    grid.on_trial_complete("a", error=True)
+    assert [suggested(each) for each in "cd"] == [trials[2].trial_id(), None]
+    grid.is_over = True
+    assert grid.suggest("d") == Searcher.FINISHED
 
 
 def trial(**compute: object) -> TrialSpec:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import runpy
 import signal
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray.cluster_utils import Cluster
 from safetensors.torch import load_file, save_file
 
 from memray.cluster.audit import audit
@@ -20,7 +22,7 @@ from memray.spec import ModelSpec, TrialSpec
 from memray.sweep import Sweep, load
 from memray.trial import run_trial
 
-from .conftest import Head, StudyFolder, alone, make_study_folder
+from .conftest import ROOT, Head, StudyFolder, alone, make_study_folder
 from .processes import Whole
 from .processes import run as run_processes
 from .test_faults import wait_for
@@ -166,7 +168,7 @@ def test_a_failing_trial_of_many_devices_leaves_the_cluster_clean(
 
 # --- kills -----------------------------------------------------------------------------------------------------
 
-LONG = {"epochs": 150, "checkpoint_s": 0.5}
+LONG = {"epochs": 100, "checkpoint_s": 0.5}
 TITLES = {"a worker": "ray::RayTrainWorker", "the actor": "ray::ResourceTrainable"}
 
 
@@ -228,29 +230,57 @@ def test_a_trial_killed_twice_ends_bit_identical(
     assert "0 differences" in study_folder.invoke("audit", *options).stdout
 
 
+@pytest.mark.timeout(900)
+def test_a_node_that_is_taken_away_lets_its_trials_keep_a_checkpoint_and_they_go_on_elsewhere(
+    tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    """Between raylets of one machine: the script ends the workers of the one that it is given, and no others."""
+    leave = runpy.run_path(str(ROOT / "infra" / "leave_node.py"))["leave"]
+    study_folder = make_study_folder(tmp_path, STUDY)
+    options = ["-p", f"epochs={LONG['epochs']}", "-p", "stages=[3]"]
+    sweep = load(study_folder.folder / "small.py", stages=(3,), epochs=LONG["epochs"])
+    ledger, trial = Ledger(str(study_folder.storage), "small"), sweep.trials[1]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        node = cluster.add_node(num_cpus=5)
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        process = study_folder.start("run", *options, "--address", str(cluster.address), "--probe-actors", "1")
+        measured = f"small/{trial.trial_id()}/measurements/0001-*.jsonl"
+        wait_for(lambda: list(study_folder.storage.glob(measured)), 150, process)
+        assert leave(raylet, grace_s=60) == 0
+        assert list(study_folder.storage.glob(f"small/{trial.trial_id()}/checkpoints/0001-*.json"))
+        assert raylet.is_running()  # what comes after is the node's end, and not the script's
+        time.sleep(5)
+        assert ledger.trial(trial.trial_id()).state() == "planned"  # nothing new comes to it
+        cluster.add_node(num_cpus=5)
+        output, _ = process.communicate(timeout=250)
+        assert process.returncode == 0, output
+    finally:
+        cluster.shutdown()
+    finished = ledger.trial(trial.trial_id()).finished()
+    assert finished is not None
+    assert finished.summary["resumed_from_epoch"] > 0
+    assert {spec.trial_id(): digest_of(ledger, spec) for spec in sweep.trials}.items() <= undisturbed.items()
+    assert "0 differences" in study_folder.invoke("audit", *options).stdout
+
+
 @pytest.mark.timeout(600)
-def test_a_process_that_is_asked_to_leave_keeps_a_checkpoint_of_all_and_the_trial_goes_on(
+def test_an_actor_that_is_asked_to_leave_asks_its_workers_elsewhere_and_the_trial_goes_on(
     study_folder: StudyFolder, head: Head, undisturbed: dict[str, str]
 ) -> None:
     options = ["-p", f"epochs={LONG['epochs']}", "-p", "stages=[3]"]
     _, trial = load(study_folder.folder / "small.py", stages=(3,), epochs=LONG["epochs"]).trials
     process = study_folder.start("run", *options, "--address", head.address)
-    folder = study_folder.storage / "small" / trial.trial_id()
-    wait_for(lambda: list(folder.glob("leases/0001.json")), 150, process)
-    # The actor trains nothing itself: it asks its workers.
-    os.kill(json.loads((folder / "leases" / "0001.json").read_text())["pid"], signal.SIGTERM)
-    wait_for(lambda: list(folder.glob("measurements/0002-*.jsonl")), 150, process)
-    (checkpoint,) = folder.glob("checkpoints/0001-*.json")
-    assert json.loads(checkpoint.read_text())["epoch"] < LONG["epochs"]
-    assert not list(folder.parent.glob(".leave-*"))
-    workers = [worker for worker, title in ray_workers(head) if title.startswith(TITLES["a worker"])]
-    workers[-1].send_signal(signal.SIGTERM)
+    lease = study_folder.storage / "small" / trial.trial_id() / "leases" / "0001.json"
+    wait_for(lease.exists, 150, process)
+    os.kill(json.loads(lease.read_text())["pid"], signal.SIGTERM)
     output, _ = process.communicate(timeout=280)
     assert process.returncode == 0, output
     ledger = Ledger(str(study_folder.storage), "small")
     finished = ledger.trial(trial.trial_id()).finished()
     assert finished is not None
-    assert finished.attempt == 3
-    assert finished.summary["resumed_from_epoch"] > json.loads(checkpoint.read_text())["epoch"]
+    assert finished.attempt == 2
+    assert finished.summary["resumed_from_epoch"] > 0
+    assert not list(lease.parents[2].glob(".leave-*"))
     assert digest_of(ledger, trial) == undisturbed[trial.trial_id()]
     assert "0 differences" in study_folder.invoke("audit", *options).stdout

@@ -51,13 +51,13 @@ def test_a_later_look_that_is_asked_to_leave_is_begun_anew(tmp_path: Path) -> No
     folder = ledger.trial(LATER.trial_id())
     ledger.ask_to_leave("launch")
     with folder.claim(LATER.canonical_json(), "launch") as attempt:
-        recorder = Recorder(LATER, attempt, asked_as=("launch",))
+        recorder = Recorder(LATER, attempt, leave_names=("launch",))
         with pytest.raises(Left, match="looked at again from the start"):
             recorder.record(recorder.until_asked(from_kept_weights(LATER, own)))
     assert folder.state() == "planned"
-    ledger.forget_asking("launch")
+    ledger.forget_launch("launch")
     with folder.claim(LATER.canonical_json(), "launch") as attempt:
-        recorder = Recorder(LATER, attempt, asked_as=("launch",))
+        recorder = Recorder(LATER, attempt, leave_names=("launch",))
         recorder.record(recorder.until_asked(from_kept_weights(LATER, own)))
     assert folder.measurements()[0] == records(list(run_trial(LATER, shelf=SHELF)))
 
