@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -656,6 +657,15 @@ def test_an_object_store_is_read_without_a_claims_authority_but_not_claimed(buck
     assert ledger.trial("trial").state() == "planned"
     with pytest.raises(ValueError, match="the object store s3://bucket/unclaimed must be claimed through an auth"):
         ledger.trial("trial").claim(SPEC, "ours")
+
+
+def test_variables_may_name_the_server_of_a_bucket_and_its_keys(bucket: str, monkeypatch: pytest.MonkeyPatch):
+    [server] = re.findall(r"endpoint_override=([\d.:]+)", bucket)
+    there = {"AWS_ENDPOINT_URL": f"http://{server}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    mark = Ledger("s3://bucket/by-variables", "sweep").check_writable()
+    assert Ledger(bucket.format("by-variables"), "sweep").mark() == mark
 
 
 def test_a_bucket_that_does_not_exist_is_refused_without_telling_its_password(bucket: str):
