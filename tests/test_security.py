@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,6 +31,7 @@ from typer.testing import CliRunner
 
 import memray
 from memray.cli import app
+from memray.cluster.documents import read_table
 from memray.cluster.lease import _this_machine
 from memray.cluster.ledger import Busy, Ledger, TrialFolder, drop_checkpoints
 from memray.cluster.storage import StorageError
@@ -494,6 +496,16 @@ def damaged(draw: st.DrawFn, data: bytes) -> bytes:
         case "deep":
             return DEEP.encode()
     return draw(st.binary(max_size=64))
+
+
+def test_a_table_of_which_a_name_is_no_text_is_refused() -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"log_prob": [-1.5]}), sink)
+    data = sink.getvalue().to_pybytes()
+    assert read_table(data, "tokens/0001-0001.parquet").column_names == ["log_prob"]
+    with pytest.raises(ValueError, match="must be a table of Parquet, but is torn") as refusal:
+        read_table(data.replace(b"log_prob", b"\xecog_prob"), "tokens/0001-0001.parquet")
+    assert type(refusal.value) is ValueError
 
 
 @settings(max_examples=200, deadline=10_000)

@@ -94,8 +94,10 @@ def parsed(kind: type[T], document: Json, where: str) -> T:
 
 def read_table(data: bytes, where: str) -> pa.Table:
     try:
-        return pq.ParquetFile(pa.BufferReader(data)).read()
-    except (pa.ArrowException, OSError) as error:
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
+        table.column_names  # noqa: B018, they are decoded when they are asked for
+        return table
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} must be a table of Parquet, but is torn or was edited: {error}") from error
 
 

@@ -247,7 +247,7 @@ def _concordant_by_tau(
 
     # Concordant pairs less discordant ones: a whole number.
     excess = np.rint(np.apply_along_axis(tau, -1, ranks) * math.sqrt(of_two_groups) * math.sqrt(of_two_values))
-    return (of_two_groups + excess) / 2
+    return np.asarray((of_two_groups + excess) / 2)
 
 
 def _untied_pairs(values: Shaped[ndarray, " values"]) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -225,7 +226,7 @@ def head() -> Iterator[Head]:
     started = [
         each
         for each in psutil.process_iter(["cmdline"])
-        if each.pid not in before and temporary in " ".join(each.info["cmdline"] or [])
+        if each.pid not in before and re.search(rf"{temporary}|:{port}\b", " ".join(each.info["cmdline"] or []))
     ]
     try:
         deadline = time.monotonic() + 60

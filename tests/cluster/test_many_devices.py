@@ -98,7 +98,7 @@ def ray_workers(head: Head) -> list[tuple[psutil.Process, str]]:
 def launched(head: Head) -> list[str]:
     """The titles of processes that a launch started and should not have left."""
     titles = [title for _, title in ray_workers(head)]
-    return [title for title in titles if title.startswith(("ray::RayTrain", "ray::ResourceTrainable", "ray::_Probe"))]
+    return [title for title in titles if title.startswith(LAUNCHED)]
 
 
 def nll(folder: StudyFolder, sweep: Sweep) -> dict[tuple[str, int], list[float]]:
@@ -169,6 +169,8 @@ def test_a_failing_trial_of_many_devices_leaves_the_cluster_clean(
 # --- kills -----------------------------------------------------------------------------------------------------
 
 LONG = {"epochs": 100, "checkpoint_s": 0.5}
+# What Ray calls the processes that a launch starts; an actor of Tune's goes by two names.
+LAUNCHED = ("ray::RayTrain", "ray::ResourceTrainable", "ray::Trainable", "ray::_ProbeActor")
 TITLES = {"a worker": "ray::RayTrainWorker", "the actor": "ray::ResourceTrainable"}
 
 
