@@ -48,7 +48,7 @@ def test_a_thousand_short_trials_grow_nothing_and_leave_nothing(study_folder: St
     assert process.returncode == 0, output[-50:]
     seconds = time.monotonic() - began_s
 
-    # Tune keeps a record of every trial, some 30 KiB: the driver is not flat from the beginning.
+    # Tune keeps a record of every trial (some 20 KiB were traced): the driver is not flat from the beginning.
     early = next(took for finished, took in seen if finished >= SEEDS)
     assert len(early) == 4
     # The same two trained them all, and one looked at the snapshots of all.
