@@ -301,7 +301,7 @@ def _mirror(sweep: Sweep, ledger: Any, uri: str, storage: str, *, trusts_notes: 
             if varies_placement(sweep):
                 write_placement_figures(sweep, frame, costs(sweep, storage=storage), folder)
             # A param that does not apply to every trial is a number for some and "none" for others.
-            texts = frame.select_dtypes("object").map(str)
+            texts = {str(name): column.map(str) for name, column in frame.items() if column.dtype == object}
             frame.assign(**texts).to_parquet(folder / "results.parquet")
 
     return Mirror(sweep, ledger, uri, write_figures, trusts_notes=trusts_notes)
