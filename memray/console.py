@@ -166,7 +166,7 @@ class Watching:
 
     def says(self, text: str) -> None:
         console = self.progress.console if self.progress else out
-        console.print(text, markup=False)
+        console.print(text, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The driver while Tune runs trials: it hears how they end, follows the nodes, and can be asked to leave."""
+"""The driver while Tune runs trials: it hears how they end, follows nodes and storage, and can be asked to leave."""
 
 import contextlib
 import signal
@@ -18,11 +18,12 @@ from memray.cluster.leaving import GRACE_S
 from memray.cluster.ledger import AlreadyFinished, Busy, Ledger, State
 from memray.cluster.probe_pool import ProbePool
 from memray.cluster.resources import Resources, concurrency
+from memray.cluster.storage import StorageError
 from memray.cost import cost
 from memray.spec import TrialSpec
 
-# Seconds between two looks at the nodes of the cluster, which come and go.
-NODES_S = 10.0
+# Seconds between two looks at the nodes of the cluster and at the storage, which come and go.
+LOOK_S = 10.0
 # Seconds between two tellings of Prometheus.
 TELL_S = 5.0
 
@@ -186,6 +187,7 @@ class Announcer(TrialProgressCallback):
         self.counts = counts
         self.grid = Grid(room.trials)
         self._follow_nodes()
+        self.is_refused = False
         self.checkpoints: dict[str, str] = {}
         self.busy: dict[str, str] = {}
         self.deaths: dict[str, str] = {}
@@ -225,13 +227,24 @@ class Announcer(TrialProgressCallback):
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         self.grid.is_over = self.leaving.asked_s is not None
         self.counts.tell(self.watcher.lag())
-        if time.monotonic() - self.looked_s > NODES_S:
+        if time.monotonic() - self.looked_s > LOOK_S:
             self._follow_nodes()
+            self._follow_storage()
 
     def _follow_nodes(self) -> None:
         self.looked_s = time.monotonic()
         with contextlib.suppress(ValueError):  # no node now: what has been begun waits for the next
             self.grid.max_concurrent = self.room.now()
+
+    def _follow_storage(self) -> None:
+        """Tells why trials stand still, once the storage refuses."""
+        try:
+            self.ledger.check_writable(durable=False)  # a sync can wait, and all else here with it
+            self.is_refused = False
+        except StorageError as error:
+            if not self.is_refused:
+                self.watcher.says(f"trials wait to write, each for {self.ledger.patience_s:g} s at most: {error}")
+            self.is_refused = True
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         trial_id = trial.config["cell"]["trial_id"]

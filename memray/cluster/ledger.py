@@ -123,6 +123,7 @@ class Ledger:
         self.expiry_s = expiry_s
         self.patience_s = patience_s
         self.probes_ids = dict(probes_ids)
+        self._mark = uuid.uuid4().hex
 
     @property
     def needs_claims(self) -> bool:
@@ -161,18 +162,17 @@ class Ledger:
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda name: drop_checkpoints(self.trial(name)), trial_ids))
 
-    def check_writable(self) -> str:
+    def check_writable(self, *, durable: bool = True) -> str:
         """Write a small file, so that a storage that refuses is found before anything is scheduled.
 
         Returns:
-            What was written: who reads the same with `mark` sees the same storage.
+            What was written, always the same: who reads it with `mark` sees the same storage.
 
         Raises:
             StorageError: With a sentence, if it refuses.
         """
-        mark = uuid.uuid4().hex
-        self.storage.replace(f"{self.sweep}/.writable", mark.encode())
-        return mark
+        self.storage.replace(f"{self.sweep}/.writable", self._mark.encode(), durable=durable)
+        return self._mark
 
     def ask_to_leave(self, name: str) -> None:
         """Ask the trials of a launch, or one attempt of one, to keep a checkpoint and leave.

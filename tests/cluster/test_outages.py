@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -174,6 +175,7 @@ def test_a_storage_that_refuses_for_a_while_is_waited_for(small_disk: StudyFolde
     filler.unlink()
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
+    assert re.search(r"trials wait to write, each for 60 s at most: .* failed: No space left on device", output), output
     assert list(attempts_of(small_disk).values()) == [1]
     assert_undisturbed_here(small_disk, **LONGER)
 
