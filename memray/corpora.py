@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -350,19 +351,23 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any] | str]:
 
 def _hub_rows(spec: RowsSpec) -> Iterator[Mapping[str, Any] | str]:
     try:
-        from datasets import load_dataset
+        from datasets import config, load_dataset
     except ImportError as error:
         raise ValueError(
             "a data set of the hub needs the package datasets, which is not installed; pip install 'memray[hub]'"
         ) from error
     assert spec.hub_id is not None  # the validator refuses rows from nowhere
+    # Where the hub does not answer, the library takes the newest in its cache, of whatever revision: each has its own.
+    cache = Path(config.HF_DATASETS_CACHE) / "revisions" / quote(spec.revision, safe="")
     try:
-        data = load_dataset(only_on_hub(spec.hub_id), spec.config, split=spec.split, revision=spec.revision)
+        data = load_dataset(
+            only_on_hub(spec.hub_id), spec.config, split=spec.split, revision=spec.revision, cache_dir=str(cache)
+        )
     except Exception as error:  # of many kinds: the hub's, the network's, the format's
         said = " ".join(str(error).split())
         raise ValueError(
             f"rows must be readable from the hub, but reading {name_of(spec)} at {spec.revision} failed: {said}; "
-            "correct rows.hub_id, config, split or revision, or download the data set where there is a network"
+            "correct rows.hub_id, config, split or revision, or begin the sweep where there is a network"
         ) from error
     yield from (dict(row) for row in data)  # type: ignore[arg-type]
 

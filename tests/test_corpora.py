@@ -59,29 +59,37 @@ def test_fields_may_have_any_name_and_others_stand_beside_them(tmp_path: Path):
 
 
 def test_a_data_set_of_the_hub_is_read_by_the_library_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """No network here: it lies in the library's cache, as a download leaves it."""
+    """No network here: it lies in the library's cache, as a download leaves it. A newer one beside it is not taken."""
     from datasets import config
     from datasets.packaged_modules.parquet.parquet import Parquet
     from huggingface_hub import constants
 
-    files = {"train": [str(write_parquet(tmp_path / "train-00000", ROWS))]}
-    builder = Parquet(cache_dir=str(tmp_path / "made"), dataset_name="name", data_files=files)
-    builder.download_and_prepare()
-    cache = tmp_path / "cache" / "owner___name" / "default" / "0.0.0" / ("0" * 40)
-    cache.parent.mkdir(parents=True)
-    Path(builder.cache_dir).rename(cache)
+    pinned, newer = "0" * 40, "refs/pr/1"
+    rows = {pinned: ROWS, newer: ROWS[5:]}
+    for revision in (pinned, newer):
+        files = {"train": [str(write_parquet(tmp_path / "train-00000", rows[revision]))]}
+        builder = Parquet(cache_dir=str(tmp_path / "made"), dataset_name="name", data_files=files)
+        builder.download_and_prepare()
+        of_revision = tmp_path / "cache" / "revisions" / revision.replace("/", "%2F")
+        cache = of_revision / "owner___name" / "default" / "0.0.0" / pinned
+        cache.parent.mkdir(parents=True)
+        Path(builder.cache_dir).rename(cache)
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    spec = RowsSpec(hub_id="owner/name", revision="0" * 40)
-    assert [row.sample.prefix for row in read_rows(spec, num_samples=0, seed=0).good] == [row["prefix"] for row in ROWS]
+    for revision, expected in rows.items():
+        spec = RowsSpec(hub_id="owner/name", revision=revision)
+        found = [row.sample.prefix for row in read_rows(spec, num_samples=0, seed=0).good]
+        assert found == [row["prefix"] for row in expected]
+    with pytest.raises(ValueError, match=r"owner/name.* at 1{40} failed: .*begin the sweep where there is a network"):
+        read_rows(RowsSpec(hub_id="owner/name", revision="1" * 40), num_samples=0, seed=0)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     write_jsonl(tmp_path / "owner" / "name" / "train", ROWS[:3])  # which the library would read instead
     with pytest.raises(
         ValueError, match=r"must not be hidden by a folder, but 'owner/name' is one in .*; move it away"
     ):
-        read_rows(spec, num_samples=0, seed=0)
+        read_rows(RowsSpec(hub_id="owner/name", revision=pinned), num_samples=0, seed=0)
 
 
 BAD = [
