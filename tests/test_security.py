@@ -576,7 +576,7 @@ def test_a_checkpoint_that_names_files_elsewhere_is_refused(name: str, field: st
     folder = left_trial(Ledger(str(tmp_path / "runs"), "sweep"))
     kept = folder.checkpoint()
     assert kept is not None
-    named = {"files": {name: "0" * 64}, "weights": [f"weights/0001-{name}"], "records": [f"tokens/{name}"]}[field]
+    named = {{"files": "", "weights": "weights/0001-", "records": "tokens/"}[field] + name: "0" * 64}
     path = place_of(folder) / f"{CHECKPOINT}.json"
     path.write_text(json.dumps(asdict(kept) | {field: named}))
     before = files_below(tmp_path)

@@ -239,7 +239,7 @@ class Announcer(TrialProgressCallback):
     def _follow_storage(self) -> None:
         """Tells why trials stand still, once the storage refuses."""
         try:
-            self.ledger.check_writable(durable=False)  # a sync can wait, and all else here with it
+            self.ledger.check_still_writable()
             self.is_refused = False
         except StorageError as error:
             if not self.is_refused:

@@ -194,8 +194,9 @@ class KeptCheckpoint:
         attempt: The attempt that made it.
         epoch: The epoch whose weights it holds.
         segments: The attempt's committed segments, which hold all earlier epochs.
-        records: Paths of the segments' tables.
-        weights: Names of the kept weights of these epochs.
+        measurements_sha256: Over their measurement lines, as in `Finished`.
+        records: sha256 of each of their tables, by its path.
+        weights: And of each of the kept weights of these epochs.
         files: sha256 of each of the engine's files, by name.
         about: What the caller had to say of it.
     """
@@ -203,8 +204,9 @@ class KeptCheckpoint:
     attempt: _Number
     epoch: _Number
     segments: _Number
-    records: list[_TablePath]
-    weights: list[_WeightsPath]
+    measurements_sha256: str
+    records: dict[_TablePath, str]
+    weights: dict[_WeightsPath, str]
     files: dict[_InsidePath, str]
     about: Json
 

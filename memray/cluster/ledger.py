@@ -123,7 +123,6 @@ class Ledger:
         self.expiry_s = expiry_s
         self.patience_s = patience_s
         self.probes_ids = dict(probes_ids)
-        self._mark = uuid.uuid4().hex
 
     @property
     def needs_claims(self) -> bool:
@@ -162,17 +161,26 @@ class Ledger:
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda name: drop_checkpoints(self.trial(name)), trial_ids))
 
-    def check_writable(self, *, durable: bool = True) -> str:
+    def check_writable(self) -> str:
         """Write a small file, so that a storage that refuses is found before anything is scheduled.
 
         Returns:
-            What was written, always the same: who reads it with `mark` sees the same storage.
+            What was written: who reads the same with `mark` sees the same storage.
 
         Raises:
             StorageError: With a sentence, if it refuses.
         """
-        self.storage.replace(f"{self.sweep}/.writable", self._mark.encode(), durable=durable)
-        return self._mark
+        mark = uuid.uuid4().hex
+        self.storage.replace(f"{self.sweep}/.writable", mark.encode())
+        return mark
+
+    def check_still_writable(self) -> None:
+        """Write another, whose content says nothing, without waiting until it would outlast a power cut.
+
+        Raises:
+            StorageError: With a sentence, if the storage refuses.
+        """
+        self.storage.replace(f"{self.sweep}/.still-writable", b"yes", durable=False)
 
     def ask_to_leave(self, name: str) -> None:
         """Ask the trials of a launch, or one attempt of one, to keep a checkpoint and leave.
@@ -441,18 +449,23 @@ class TrialFolder:
         """The measurements of all epochs before a checkpoint, and their records by kind.
 
         Raises:
-            ValueError: If some are gone.
+            ValueError: If some are gone, or were edited.
             StorageError: If the storage cannot be read.
         """
         cursor = Cursor(checkpoint.attempt, checkpoint.segments)
         try:
             lines = b"".join(self._read(path) for path in segment_paths("measurements", cursor))
-            tables = {kind: self._read_tables(kind, cursor, dict.fromkeys(checkpoint.records)) for kind in TABLES}
+            tables = {kind: self._read_tables(kind, cursor, checkpoint.records) for kind in TABLES}
         except FileNotFoundError as error:
             raise ValueError(
                 f"a checkpoint needs all measurements before it, but one is gone ({error}); delete "
                 f"{self._path('checkpoints')} to train from the start"
             ) from error
+        if sha256(lines) != checkpoint.measurements_sha256:
+            raise ValueError(
+                f"{self._path('measurements')} does not match the digest that {checkpoint.name} gives of it; delete "
+                f"{self._path('checkpoints')} to train from the start"
+            )
         return read_objects(lines, self._path("measurements")), tables
 
     def fetch_checkpoint(self, checkpoint: KeptCheckpoint, into: Path) -> None:
@@ -730,12 +743,13 @@ class Writer:
         Raises:
             ValueError, Superseded, StorageError: As `append` does.
         """
-        weights = [path for path in self._files if path.startswith("weights/")]
-        records = [path for path in self._files if path.partition("/")[0] in TABLES]
+        weights = {path: digest for path, digest in self._files.items() if path.startswith("weights/")}
+        records = {path: digest for path, digest in self._files.items() if path.partition("/")[0] in TABLES}
         kept = KeptCheckpoint(
             attempt=self.number,
             epoch=epoch,
             segments=self._num_segments,
+            measurements_sha256=sha256(b"".join(self._lines)),
             records=records,
             weights=weights,
             files=dict(files),
@@ -749,13 +763,13 @@ class Writer:
         """Append what an earlier attempt had measured up to its checkpoint; its records by kind.
 
         Raises:
-            ValueError: If some of it is gone.
+            ValueError: If some of it is gone, or was edited.
             Superseded, StorageError: As `append` does.
         """
         lines, tables = patiently(lambda: self.folder.before_checkpoint(checkpoint), self.folder.ledger.patience_s)
         self.append(lines, **{kind: table for kind, table in tables.items() if table.num_columns})
-        for path in checkpoint.weights:
-            self._keep_weights(path.rpartition("-")[2], self.folder._read(path))
+        for path, digest in checkpoint.weights.items():
+            self._keep_weights(path.rpartition("-")[2], self.folder._read_checked(path, digest))
         return tables
 
     def finish(self, summary: Json) -> None:

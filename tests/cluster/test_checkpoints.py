@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -93,6 +94,22 @@ def test_an_attempt_that_resumes_has_the_measurements_of_the_one_before(folder: 
     assert folder.verify() == []
 
 
+@pytest.mark.parametrize(
+    "path", ["measurements/0001-0001.jsonl", "tokens/0001-0001.parquet", "weights/0001-000002.safetensors"]
+)
+def test_what_was_edited_between_two_attempts_is_adopted_by_none(local: Ledger, tmp_path: Path, path: str) -> None:
+    folder = local.trial("trial")
+    with folder.claim(SPEC, "launch") as attempt:
+        attempt.keep_weights(2, {"weight": np.ones(3)})
+        checkpoint = with_checkpoint(attempt, tmp_path / "files")
+    edited = tmp_path / "runs" / "sweep" / "trial" / path
+    data = bytearray(edited.read_bytes())
+    data[len(data) // 2] ^= 1
+    edited.write_bytes(data)
+    with folder.claim(SPEC, "launch") as again, pytest.raises(ValueError, match=r"does not match .*digest"):
+        again.adopt(checkpoint)
+
+
 def test_a_resumed_trial_has_the_digest_of_an_undisturbed_one(local: Ledger, tmp_path: Path) -> None:
     for name in ("resumed", "undisturbed"):
         with local.trial(name).claim(SPEC, "launch") as attempt:
@@ -150,7 +167,8 @@ def test_a_checkpoint_of_another_trial_or_number_of_workers_is_refused_with_a_se
     other = TrialSpec(compute=ComputeSpec(engine="deepspeed", workers=2), string_seed=1)
 
     def kept(about: dict) -> KeptCheckpoint:
-        return KeptCheckpoint(attempt=1, epoch=4, segments=1, records=[], weights=[], files={}, about=about)
+        before = {"measurements_sha256": "0" * 64, "records": {}, "weights": {}}
+        return KeptCheckpoint(attempt=1, epoch=4, segments=1, **before, files={}, about=about)
 
     check_resumable(two, kept(about_checkpoint(two)))
     with pytest.raises(ValueError, match=r"checkpoint of its own, but the one of epoch 4 has workers=4 instead of 2; "):
