@@ -235,6 +235,8 @@ class Announcer(TrialProgressCallback):
         self.looked_s = time.monotonic()
         with contextlib.suppress(ValueError):  # no node now: what has been begun waits for the next
             self.grid.max_concurrent = self.room.now()
+        if number := self.room.pool.give_up():
+            self.watcher.says(f"{number} probe actors lost their node and found no room: trials answer in their place")
 
     def _follow_storage(self) -> None:
         """Tells why trials stand still, once the storage refuses."""

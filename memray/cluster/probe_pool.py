@@ -5,11 +5,13 @@ the other may be waiting for.
 """
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray._private.state import actors as told_of_actors
 from ray.exceptions import GetTimeoutError
 
 from memray.cluster.resources import Resources, concurrency, phases
@@ -18,6 +20,8 @@ from memray.spec import TrialSpec
 
 # Seconds that actors have to find room on a cluster that others use too.
 START_S = 120.0
+# And that one has to find room anew, whose node was lost: longer than a cluster takes to replace the node.
+RETURN_S = 600.0
 
 
 class _ProbeActor:
@@ -38,10 +42,12 @@ class ProbePool:
 
     Attributes:
         held: What they take of each node, by its id.
+        missed_s: Since when each actor that is not there has been away, by its place.
     """
 
     actors: list[Any] = field(default_factory=list)
     held: dict[str, Resources] = field(default_factory=dict)
+    missed_s: dict[int, float] = field(default_factory=dict)
 
     def leaves(self, nodes: Mapping[str, Resources]) -> list[Resources]:
         """What is left of each node for trials."""
@@ -49,6 +55,22 @@ class ProbePool:
             {name: amount - self.held.get(node_id, {}).get(name, 0.0) for name, amount in node.items()}
             for node_id, node in nodes.items()
         ]
+
+    def give_up(self) -> int:
+        """Ends actors that have been away for too long; how many.
+
+        The trials have all other devices, and wait for what these were asked: unless somebody ends them, both wait
+        for ever. A trial answers itself what an actor that has ended cannot.
+        """
+        given_up = 0
+        for place, actor in enumerate(self.actors):
+            state = told_of_actors(actor._actor_id.hex()).get("State")
+            if state == "ALIVE":
+                self.missed_s.pop(place, None)
+            elif state != "DEAD" and time.monotonic() - self.missed_s.setdefault(place, time.monotonic()) > RETURN_S:
+                ray.kill(actor)
+                given_up += 1
+        return given_up
 
 
 @contextlib.contextmanager

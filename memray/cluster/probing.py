@@ -17,6 +17,7 @@ import numpy as np
 import ray
 import torch
 from numpy import ndarray
+from ray.exceptions import RayActorError
 
 from memray.cluster import metrics
 from memray.encoding import Batch
@@ -128,6 +129,7 @@ class ActorProber:
         waited_s: How long training waited because too many snapshots were on their way.
         drained_s: How long it waited for answers, before a checkpoint and at the end.
         num_looks: How many looks, or shares of them, each actor was given.
+        num_own: How many of them the trial answered in the place of an actor that has ended.
     """
 
     spec_json: str
@@ -135,8 +137,9 @@ class ActorProber:
     seconds: list[float] = field(default_factory=list)
     waited_s: float = 0.0
     drained_s: float = 0.0
-    in_flight: list[list[Any]] = field(default_factory=list)
+    in_flight: list["RemoteLook"] = field(default_factory=list)
     num_looks: list[int] = field(default_factory=list)
+    num_own: int = 0
 
     def __post_init__(self) -> None:
         self.drop_scored()  # of the process's last trial, which may have ended in the middle
@@ -148,10 +151,11 @@ class ActorProber:
             return Ready(None)
         self._make_room(sum(weight.nbytes for weight in snapshot.values()) / 2**30)
         kept = ray.put(snapshot)  # once, however many look at it
-        references = [self._ask(share, kept) for share in question.split(len(self.actors))]
-        self.in_flight.append(references)
+        shares = question.split(len(self.actors))
+        look = RemoteLook(self, question, shares, [self._ask(share, kept) for share in shares], began_s, kept)
+        self.in_flight.append(look)
         self.drop_scored()
-        return RemoteLook(self, question, references, began_s)
+        return look
 
     def _ask(self, question: Question, snapshot: Any) -> Any:
         self.num_looks = self.num_looks or [0] * len(self.actors)
@@ -162,13 +166,16 @@ class ActorProber:
     def _make_room(self, gib: float) -> None:
         began_s = time.monotonic()
         while len(self.in_flight) >= max(IN_FLIGHT_AT_LEAST, IN_FLIGHT_GIB // gib):
-            ray.wait([reference for references in self.in_flight for reference in references], num_returns=1)
+            ray.wait([reference for look in self.in_flight for reference in look.pending()], num_returns=1)
             self.drop_scored()
         self.waited_s += time.monotonic() - began_s
 
     def drop_scored(self) -> None:
-        """Counts again what is in flight, and tells of it."""
-        self.in_flight = [pending for each in self.in_flight if (pending := _pending(each))]
+        """Takes the answers that are there, counts again what is in flight, and tells of it."""
+        for look in self.in_flight:
+            if not look.pending():
+                look.take()
+        self.in_flight = [look for look in self.in_flight if not look.is_over]
         metrics.tell(metrics.IN_FLIGHT, len(self.in_flight), {})
 
     def summary(self) -> dict[str, Any]:
@@ -180,29 +187,51 @@ class ActorProber:
             "probe_wait_s": round(self.waited_s, 3),
             "probe_drain_s": round(self.drained_s, 3),
             "probe_looks": self.num_looks,
+            "probe_looks_own": self.num_own,
         }
 
 
-def _pending(references: list[Any]) -> list[Any]:
-    return ray.wait(references, num_returns=len(references), timeout=0)[1]
-
-
-@dataclass(frozen=True)
+@dataclass
 class RemoteLook:
     """A look by an actor, or by several that have a share of it each."""
 
     prober: ActorProber
     question: Question
+    shares: Sequence[Question]
     references: list[Any]
     began_s: float
+    snapshot: Any
+    answers: list[tuple[Any, float]] | None = None
+
+    def pending(self) -> list[Any]:
+        """Shares that nobody has answered yet."""
+        return ray.wait(self.references, num_returns=len(self.references), timeout=0)[1]
+
+    @property
+    def is_over(self) -> bool:
+        return self.answers is not None
 
     def is_ready(self) -> bool:
-        return not _pending(self.references)
+        return self.is_over or not self.pending()
+
+    def take(self) -> None:
+        """Waits for the answers, and lets go of the snapshot."""
+        if self.answers is None:
+            self.answers = [self._answer(*each) for each in zip(self.shares, self.references, strict=True)]
+            self.snapshot = None
+
+    def _answer(self, share: Question, reference: Any) -> tuple[Any, float]:
+        try:
+            return ray.get(reference)
+        except RayActorError:  # ended for good, see `ProbePool.give_up`
+            self.prober.num_own += 1
+            return look(self.prober.spec_json, share, ray.get(self.snapshot))
 
     def result(self) -> Any:
         began_s = time.monotonic()
-        answers = ray.get(self.references)
+        self.take()
         self.prober.drained_s += time.monotonic() - began_s
         self.prober.drop_scored()
-        self.prober.seconds.append(max(ended_s for _, ended_s in answers) - self.began_s)
-        return self.question.join([answer for answer, _ in answers])
+        assert self.answers is not None
+        self.prober.seconds.append(max(ended_s for _, ended_s in self.answers) - self.began_s)
+        return self.question.join([answer for answer, _ in self.answers])

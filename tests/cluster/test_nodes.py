@@ -1,5 +1,6 @@
 """What a launch asks of a cluster of several nodes, which come and go: one storage for all, and weights read once."""
 
+import json
 import os
 import signal
 import subprocess
@@ -114,6 +115,47 @@ def test_nodes_that_join_are_used_and_one_that_is_lost_in_mid_trial_loses_nothin
     finished = [ledger_of(study_folder).trial(path.parent.name).finished() for path in finished_trials(study_folder)]
     assert max(each.attempt for each in finished if each) == 2, held
     assert_undisturbed(study_folder, epochs=300)
+
+
+# Which would wait ten minutes for another node.
+IMPATIENT = "from memray.cluster import probe_pool; probe_pool.RETURN_S = 5.0; from memray.cli import app; app()"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("is_said", [True, False], ids=["that leaves", "that is cut off"])
+def test_trials_answer_for_a_probe_actor_whose_node_is_lost_for_good(
+    cluster: Cluster, tmp_path: Path, *, is_said: bool
+) -> None:
+    """The trial has the only device that is left, and waits for its looks: neither it nor the actor could go on."""
+    study_folder = make_study_folder(tmp_path, STUDY.replace("(0, 4)", "tuple(range(0, 300, 10))"))
+    one = {"epochs": 300, "alphabet_sizes": [7], "seeds": 1}
+    words = [word for name, value in one.items() for word in ("-p", f"{name}={json.dumps(value)}")]
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    command = study_folder.command("run", *words, "--address", str(cluster.address), "--probe-actors", "1")
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPATIENT, *command[3:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **study_folder.options(),
+    )
+    wait_for(lambda: running_leases(study_folder), 120, process)
+    (lost,) = [node for node in nodes if any("_ProbeActor" in title for title in titles_on(node))]
+    cluster.remove_node(lost, allow_graceful=is_said)
+    output, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, output
+    if is_said:  # looks wait for the actor to return; those of a node that is cut off fail
+        assert "1 probe actors lost their node and found no room: trials answer in their place" in output
+    (finished,) = [ledger_of(study_folder).trial(path.parent.name).finished() for path in finished_trials(study_folder)]
+    assert finished is not None
+    assert finished.attempt == 1
+    assert finished.summary["probe_looks_own"] > 0
+    assert_undisturbed(study_folder, **one)
+
+
+def titles_on(node: Any) -> list[str]:
+    """What the workers of a node are called."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return [" ".join(worker.cmdline()) for worker in raylet.children(recursive=True)]
 
 
 def ledger_of(study_folder: StudyFolder) -> Ledger:
