@@ -31,6 +31,8 @@ PINNED = dict(
 )
 # Names of variables whose values are nobody's business.
 SECRET = re.compile(r"PASSWORD|SECRET|TOKEN$|ACCESS_KEY|_KEY$")
+# A variable that a text gives a value of its own, as a shell, a command line or YAML does.
+GIVEN = re.compile(r"\b([A-Z][A-Z0-9_]*)['\"]?\s*[=:](?!\?)\s*(?=[^\s$])")
 COMPOSE_FILES = ["tracking/compose.yaml", "monitoring/compose.yaml"]
 MANIFESTS = [
     "kuberay/raycluster.yaml",
@@ -63,6 +65,15 @@ def walk(value: Any) -> Iterator[dict[str, Any]]:
     if isinstance(value, list):
         for each in value:
             yield from walk(each)
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """All texts in a document that are no keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from texts_of(each)
 
 
 def texts() -> Iterator[tuple[Path, str]]:
@@ -277,13 +288,22 @@ def test_everything_waits_longer_than_trials_may_take_to_leave() -> None:
 
 
 def check_no_secret(value: Any) -> None:
-    """Every variable with a secret's name is taken from the environment, a file or a Secret."""
+    """Every variable with a secret's name is taken from the environment, a file or a Secret.
+
+    Texts within a document are searched too: options for Docker, and YAML in YAML.
+    """
     for each in walk(value):
         if SECRET.search(str(each.get("name", ""))) and {"value", "valueFrom"} & set(each):
             assert set(each.get("valueFrom", {})) == {"secretKeyRef"}, each["name"]
-        for name, found in (each.get("environment") or {}).items() if isinstance(each.get("environment"), dict) else ():
-            if SECRET.search(name):
-                assert re.fullmatch(r"\$\{[A-Z_0-9]+:\?.+\}", found), f"{name} must be refused where it is unset"
+        for name, found in each.items():
+            if SECRET.search(str(name)):
+                assert re.fullmatch(r"\$\{[A-Z_0-9]+:\?.+\}", str(found)), f"{name} must be refused where it is unset"
+    for text in texts_of(value):
+        check_no_secret_in(text)
+
+
+def check_no_secret_in(text: str) -> None:
+    assert not [name for name in GIVEN.findall(text) if SECRET.search(name)], text
 
 
 @pytest.mark.parametrize("file", [*MANIFESTS, *COMPOSE_FILES, "ray-cluster.yaml", "runtime_env.yaml"])
@@ -301,6 +321,14 @@ def test_a_planted_secret_is_refused() -> None:
     compose = ("services", "postgres", "environment", "POSTGRES_PASSWORD")
     for planted in ("hunter2", "${POSTGRES_PASSWORD:-hunter2}", "${POSTGRES_PASSWORD}"):
         refused_after(put(planted, *compose), document("tracking/compose.yaml"), check_no_secret)
+    for planted in (["POSTGRES_PASSWORD=hunter2"], {"POSTGRES_PASSWORD": 1234}):
+        refused_after(put(planted, *compose[:-1]), document("tracking/compose.yaml"), check_no_secret)
+    option = "-e MLFLOW_TRACKING_PASSWORD=hunter2"
+    refused_after(put(option, "docker", "run_options", 2), document("ray-cluster.yaml"), check_no_secret)
+    variables: dict[str, Any] = {"env_vars": {"MLFLOW_TRACKING_PASSWORD": "hunter2"}}
+    refused_after(put("hunter2", "env_vars", "MLFLOW_TRACKING_PASSWORD"), document("runtime_env.yaml"), check_no_secret)
+    for planted in (yaml.safe_dump(variables), json.dumps(variables)):
+        refused_after(put(planted, "spec", "runtimeEnvYAML"), document("kuberay/rayjob.yaml"), check_no_secret)
 
 
 def test_no_file_holds_a_password_in_an_address_or_a_long_random_text() -> None:
@@ -308,6 +336,7 @@ def test_no_file_holds_a_password_in_an_address_or_a_long_random_text() -> None:
     assert suspicious.search("postgresql://mlflow:hunter2@db/mlflow")
     for path, text in texts():
         assert not suspicious.search(text), path
+        check_no_secret_in(text)
     assert not re.search(r"(?m)^\s*admin_password", (INFRA / "tracking/basic_auth.ini").read_text())
 
 
@@ -318,6 +347,33 @@ def test_compose_publishes_on_loopback_alone() -> None:
             if service.get("network_mode") == "host":
                 said = [*service.get("command", []), *service.get("environment", {}).values()]
                 assert any("127.0.0.1" in each for each in said), f"{name} must listen on loopback"
+
+
+def check_stores_are_kept_from_the_host(compose: dict[str, Any]) -> None:
+    """What publishes nothing is on networks alone on which the host has no address."""
+    for name, service in compose["services"].items():
+        if "ports" not in service:
+            assert service.get("networks"), f"{name} is on the default network"
+            for network in (compose["networks"].get(each, {}) for each in service["networks"]):
+                assert network.get("internal") is True
+                assert network.get("enable_ipv6") is False
+                assert network["driver_opts"] == {"com.docker.network.bridge.gateway_mode_ipv4": "isolated"}
+
+
+def test_users_of_its_machine_cannot_reach_what_compose_does_not_publish() -> None:
+    for change in (
+        put(False, "networks", "stores", "internal"),
+        put("nat", "networks", "stores", "driver_opts", "com.docker.network.bridge.gateway_mode_ipv4"),
+        put(True, "networks", "stores", "enable_ipv6"),
+        put(["default", "stores"], "services", "s3", "networks"),
+        misspell("services", "s3", "networks"),
+    ):
+        refused_after(change, document("tracking/compose.yaml"), check_stores_are_kept_from_the_host)
+
+
+def test_mlflow_listens_on_loopback_except_in_its_container() -> None:
+    assert re.findall(r"--host (\S+)", (INFRA / "tracking/serve.sh").read_text()) == ['"${HOST:-127.0.0.1}"']
+    assert ("ENV", "HOST=0.0.0.0") in instructions("tracking/Dockerfile")
 
 
 def test_kubernetes_publishes_nothing_outside_the_cluster() -> None:

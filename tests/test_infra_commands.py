@@ -1,6 +1,7 @@
 """Do the commands of `infra/` and of the guides exist, with each of their flags, in the pinned versions?
 
-Only those of Ray, MLflow and this project can be asked. What is called on a machine is run, where a test can do so.
+Ray, MLflow and this project are asked; for three that run in images alone their flags stand here. What is called on a
+machine is run, where a test can do so. Unchecked are `wget` in health checks, Docker, kubectl, Helm, ssh and aws.
 """
 
 import http.server
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow.cli
@@ -22,12 +24,24 @@ from ray.scripts.scripts import cli as ray_cli
 
 from memray.cli import app
 
+from .cluster.servers import postgres_programs
 from .test_infra import INFRA, PINNED, ROOT, document, documents, walk
 
+
+def with_flags(name: str, flags: set[str]) -> Any:
+    """A program that cannot be asked here, as one that can."""
+    return SimpleNamespace(name=name, params=[SimpleNamespace(opts=sorted(flags), secondary_opts=[])])
+
+
+PG_ISREADY = {"--dbname", "--quiet", "--version", "--help", "--host", "--port", "--timeout", "--username"}
+# Those of prometheus/prometheus, cmd/prometheus/main.go, that are used here.
+PROMETHEUS = with_flags("prometheus", {"--config.file", "--web.listen-address"})
 PROGRAMS: dict[tuple[str, ...], Any] = {
     ("ray",): ray_cli,
     ("mlflow",): mlflow.cli.cli,
     ("python", "-m", "memray"): typer.main.get_command(app),
+    ("pg_isready",): with_flags("pg_isready", PG_ISREADY),
+    ("mini",): with_flags("mini", {"-dir"}),  # that of seaweedfs/seaweedfs, weed/command/mini.go, that is used here
 }
 # Words that end a command.
 ENDS = {"&&", "||", ";", "|", "&", "(", ")"}
@@ -43,7 +57,7 @@ def commands(text: str) -> Iterator[tuple[Any, list[str]]]:
         for start in range(len(words)):
             for call, program in PROGRAMS.items():
                 rest = words[start + len(call) :]
-                is_called = start == 0 or words[start - 1] in ENDS | {"exec", "--"}
+                is_called = start == 0 or words[start - 1] in ENDS | {"exec", "--", "CMD"}
                 if tuple(words[start : start + len(call)]) == call and is_called and rest:
                     ends = [number for number, word in enumerate(rest) if word in ENDS | {"--"}]
                     yield program, rest[: min(ends, default=len(rest))]
@@ -102,6 +116,7 @@ def test_every_command_and_flag_exists_in_the_pinned_version(path: Path) -> None
 def test_the_commands_are_found() -> None:
     found = {str(path.relative_to(ROOT)): sum(1 for text in shell_of(path) for _ in commands(text)) for path in FILES}
     expected = {"infra/README.md": 12, "infra/ray-cluster.yaml": 5, "infra/kuberay/rayjob.yaml": 1, "README.md": 10}
+    expected |= {"infra/tracking/compose.yaml": 2, "infra/tracking/kubernetes.yaml": 3}
     for file, count in (expected | {"infra/tracking/serve.sh": 1, "infra/runtime_env.yaml": 2}).items():
         assert found[file] >= count, (file, found[file])
 
@@ -115,6 +130,8 @@ def test_the_commands_are_found() -> None:
         ("ray job submit --adress x -- python -m memray run x.py --storag y", ["--adress", "--storag"]),
         ("python -m memray sumbit sweeps/x.py", ["sumbit"]),
         ("ssh h@$(ray get-head-ip --x c.yaml)", ["--x"]),
+        ("CMD pg_isready --usernam=mlflow --dbname=mlflow", ["--usernam=mlflow"]),
+        ("mini -dirs=/data", ["-dirs=/data"]),
     ],
 )
 def test_a_planted_flag_or_command_is_found_out(planted: str, wrong: list[str]) -> None:
@@ -131,6 +148,20 @@ def test_what_kuberay_hands_to_ray_start_exists() -> None:
             assert flags
             assert not unknown(ray_cli, ["start", *flags])
     assert unknown(ray_cli, ["start", "--num-cpu=0"])
+
+
+def test_prometheus_is_started_with_flags_that_it_has() -> None:
+    command = document("monitoring/compose.yaml")["services"]["prometheus"]["command"]
+    assert command
+    assert not unknown(PROMETHEUS, command)
+    assert unknown(PROMETHEUS, ["--web.listen-adress=127.0.0.1:9090"])
+
+
+@pytest.mark.fault
+def test_the_flags_of_pg_isready_are_those_that_it_says_itself() -> None:
+    """Those of Debian's package, which may be older than the image."""
+    done = subprocess.run([postgres_programs() / "pg_isready", "--help"], capture_output=True, text=True, check=True)
+    assert set(re.findall(r"--[a-z]+", done.stdout)) == PG_ISREADY
 
 
 def test_shell_scripts_can_be_read() -> None:

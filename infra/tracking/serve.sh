@@ -17,6 +17,6 @@ for bucket in sys.argv[1:]:
 END
 
 # The allowed hosts replace MLflow's own list, and each needs its ports. Health checks are let through by any name.
-exec mlflow server --host "${HOST:-0.0.0.0}" --port "${PORT:-5000}" --app-name basic-auth \
+exec mlflow server --host "${HOST:-127.0.0.1}" --port "${PORT:-5000}" --app-name basic-auth \
     --allowed-hosts "${ALLOWED_HOSTS:-mlflow,mlflow:*,localhost,localhost:*,127.0.0.1,127.0.0.1:*}" \
     --backend-store-uri postgresql+psycopg:///mlflow --serve-artifacts --artifacts-destination "s3://${BUCKETS%% *}"

@@ -47,10 +47,13 @@ def test_the_tracking_server_starts_as_in_its_image_and_shows_nothing_without_th
         assert set(there) - {"PGPORT"} <= set(said)  # so that the file leaves out none
         plain = {name: value for name, value in said.items() if "$" not in value and name not in there}
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = {"PATH": path, "HOME": str(tmp_path), "HOST": "127.0.0.1", "PORT": str(stack.port)}
+        environment = {"PATH": path, "HOME": str(tmp_path), "PORT": str(stack.port)}
         try:
             stack.launch(["sh", str(INFRA / "tracking/serve.sh")], env=environment | plain | there)
             shown = " ".join(word for each in psutil.process_iter(["cmdline"]) for word in each.info["cmdline"] or [])
+            listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+            ours = {each.laddr.ip for each in listening if each.laddr and each.laddr.port == stack.port}
+            assert ours == {"127.0.0.1"}
             assert PASSWORD not in shown
             assert database.password not in shown
             search = f"{url}/api/2.0/mlflow/experiments/search?max_results=1"
