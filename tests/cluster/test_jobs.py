@@ -1,5 +1,7 @@
 """A sweep as a Ray job on a head node that was started by hand, through Ray's own command and through `submit`."""
 
+import contextlib
+import json
 import os
 import re
 import shlex
@@ -9,20 +11,26 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
+from prometheus_client.parser import text_string_to_metric_families
 
+from memray.cluster import metrics
 from memray.cluster.ledger import Ledger
 from memray.cluster.submission import Job, code_sha256, runtime_env
 
 from ..ports import free_port
 from .conftest import ROOT, STUDY, Head
 
+# As Ray names them.
+TRIALS, BEHIND, IN_FLIGHT = (f"ray_{name}" for name in (metrics.TRIALS, metrics.BEHIND, metrics.IN_FLIGHT))
 # One trial of two fails: the directory's tokenizer and config satisfy the plan, and its weights are cut off.
 FAILING_STUDY = STUDY.replace(
     "        vary(BASE,",
@@ -154,12 +162,40 @@ def attempts(storage: Path, sweep: str) -> list[int]:
     return [found.attempt for each in ledger.trial_ids() if (found := ledger.trial(each).finished())]
 
 
+def gauges(head: Head) -> Iterator[tuple[str, dict[str, str], float]]:
+    """What Prometheus is told of sweeps now, where Ray says that it is to ask: names, labels and values."""
+    for group in json.loads((head.folder / "prom_metrics_service_discovery.json").read_text()):
+        for target in group["targets"]:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=5) as answer:
+                for family in text_string_to_metric_families(answer.read().decode()):
+                    if family.name.startswith("ray_memray_"):
+                        yield from ((family.name, each.labels, each.value) for each in family.samples)
+
+
+def check_what_the_dashboard_shows(told: list[tuple[str, dict[str, str], float]]) -> None:
+    """Of a sweep of five trials, by the labels that the dashboard's queries ask for."""
+    by_state = [(each["state"], value) for name, each, value in told if (name, each.get("sweep")) == (TRIALS, "demo")]
+    assert {state for state, value in by_state if value} >= {"planned", "running", "finished"}
+    assert {value for _, value in by_state} <= {0, 1, 2, 3, 4, 5}
+    behind = [value for name, each, value in told if (name, each.get("sweep")) == (BEHIND, "demo")]
+    assert behind
+    assert set(behind) <= {0, 1, 2, 3, 4, 5}
+    assert [value for name, each, value in told if name == IN_FLIGHT and each["NodeAddress"] and value]
+
+
 @pytest.mark.fault
 @pytest.mark.timeout(900)
 def test_ray_job_submit_runs_the_demo_and_mlflow_holds_it(head: Head, tmp_path: Path) -> None:
     options = ["-p", "seeds=1", "--storage", str(tmp_path), "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
-    done = ray_job_submit(ROOT, head, "python", "-m", "memray", "run", "sweeps/demo.py", *options)
+    told: list[tuple[str, dict[str, str], float]] = []
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ray_job_submit, ROOT, head, "python", "-m", "memray", "run", "sweeps/demo.py", *options)
+        while not running.done():
+            told += gauges(head)
+            time.sleep(1)
+    done = running.result()
     assert done.returncode == 0, done.stdout + done.stderr
+    check_what_the_dashboard_shows(told)
     job, log = last_job(head)
     assert job.status == "SUCCEEDED"
     assert "5 trials to run" in log
