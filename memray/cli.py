@@ -243,7 +243,7 @@ def submit(
     """Runs a sweep as a Ray job on a cluster, with this folder's files, and follows it to its end."""
     loaded = _load(sweep, parameters)
     from memray.cluster.mirror import git_commit
-    from memray.cluster.sealing import seal
+    from memray.cluster.sealing import SEALED, seal
     from memray.cluster.storage import without_passwords
     from memray.cluster.submission import Job, code_sha256, credentials, entrypoint, places, runtime_env
     from memray.cluster.submission import submit as submit_job
@@ -259,6 +259,10 @@ def submit(
         )
         shown = {name: without_passwords(value) for name, value in about.items()}
         secrets = credentials(send or ()) | {name: value for name, value in about.items() if value != shown[name]}
+        sent = seal(secrets)
+        if secrets and SEALED not in sent:
+            err.print(f"sent as they are, for there is no token to seal them with: {', '.join(sorted(secrets))}; "
+                      "Ray's agents log them", markup=False, soft_wrap=True)  # fmt: skip
         counts = {"--max-concurrent": max_concurrent, "--probe-actors": probe_actors}
         options = {name: str(value) for name, value in counts.items() if value is not None}
         command = entrypoint(sweep, parameters or [], options)
@@ -266,7 +270,7 @@ def submit(
         job = Job(
             sweep=loaded.name,
             command=command,
-            environment=runtime_env(shown | seal(secrets)),
+            environment=runtime_env(shown | sent),
             metadata={
                 "sweep": loaded.name,
                 "trials": str(len(loaded.trials)),

@@ -43,7 +43,7 @@ class RowsSpec(Part):
         config: its configuration, where it has several,
         split: its split,
         revision: and a commit of it, or a branch or tag, whose rows may change: the digest of what was trained is
-            logged with every trial.
+            logged with every trial. What was downloaded is kept under it: offline, no other takes its place.
         prefix_field: The field with the prefix, of a row that has two. A generator has its own.
         reference_field: The field with the reference.
         text_field: The field with a text that is cut into prefix and reference, instead of those two.

@@ -266,7 +266,7 @@ class Shared:
 
 def run_on_tune(shared: Shared, announcer: Announcer) -> None:
     """Lets Tune run each of the announcer's trials once."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = ray.nodes()
 
     def asked(config: dict[str, Any]) -> tune.PlacementGroupFactory:
         # From the cell: Tune unpickles this function for each trial, with all that it refers to.

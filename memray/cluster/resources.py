@@ -24,7 +24,7 @@ def off_spot(nodes: Iterable[Mapping[str, Any]], cpus: float = 0.0) -> dict[str,
         nodes: As Ray lists them. Where none that stays can hold it nothing is asked for: it would wait for ever.
         cpus: What it needs.
     """
-    staying = [node for node in nodes if node.get("Labels", {}).get(MARKET) != SPOT]
+    staying = [node for node in nodes if node["Alive"] and node.get("Labels", {}).get(MARKET) != SPOT]
     fits = any(node["Resources"].get("CPU", 0.0) >= cpus for node in staying)
     return {MARKET: f"!{SPOT}"} if fits else {}
 

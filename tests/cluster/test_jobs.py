@@ -379,7 +379,10 @@ def test_an_address_without_a_dashboard_leaves_with_3_in_seconds(address: str, t
         unused.bind(("127.0.0.1", 0))
         address = address.format(unused.getsockname()[1])
         began_s = time.monotonic()
-        done = memray(ROOT, "submit", "sweeps/demo.py", "--address", address, "--storage", str(tmp_path))
+        options = ["--address", address, "--storage", str(tmp_path)]
+        done = memray(ROOT, "submit", "sweeps/demo.py", *options, HF_TOKEN="nobody's business")
         assert done.returncode == 3
         assert "does not answer" in done.stderr
+        assert "sent as they are, for there is no token to seal them with: HF_TOKEN" in done.stderr
+        assert "nobody's business" not in done.stderr
         assert time.monotonic() - began_s < 30  # of which imports take most

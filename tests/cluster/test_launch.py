@@ -94,9 +94,9 @@ def test_trials_of_many_workers_run_before_those_of_one_and_never_beside_them() 
 
 
 def test_what_must_outlive_a_trial_asks_for_nodes_that_stay_where_one_of_them_holds_it() -> None:
-    spot = {"Resources": {"CPU": 8.0}, "Labels": {MARKET: SPOT}}
+    spot = {"Alive": True, "Resources": {"CPU": 8.0}, "Labels": {MARKET: SPOT}}
     head, driver, bare = (
-        {"Resources": resources, "Labels": labels}
+        {"Alive": True, "Resources": resources, "Labels": labels}
         for resources, labels in (
             ({}, {MARKET: "on-demand"}),
             ({"CPU": 4.0}, {MARKET: "on-demand"}),
@@ -109,3 +109,4 @@ def test_what_must_outlive_a_trial_asks_for_nodes_that_stay_where_one_of_them_ho
     assert off_spot([spot, head, driver], WAITING_CPU) == kept_off
     assert off_spot([spot, bare], WAITING_CPU) == kept_off
     assert off_spot([spot]) == {}
+    assert off_spot([spot, driver | {"Alive": False}]) == {}
