@@ -1,8 +1,10 @@
 """Kills and overlaps: nothing is lost, nothing is doubled, and the numbers are those of an undisturbed sweep."""
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
@@ -51,6 +53,24 @@ def running_leases(study_folder: StudyFolder) -> list[dict]:
     return [lease for lease in leases if lease["released_s"] is None]
 
 
+def tracked_trials(study_folder: StudyFolder) -> dict[str, str]:
+    """Status of the run that MLflow holds, by trial; none where it has no tables yet, or is being written."""
+    query = """
+        SELECT trial.value, runs.status FROM runs
+        JOIN tags AS kind ON kind.run_uuid = runs.run_uuid AND kind.key = 'memray.kind' AND kind.value = 'trial'
+        JOIN tags AS trial ON trial.run_uuid = runs.run_uuid AND trial.key = 'memray.trial_id'
+    """
+    # Makes no file where there is none, but may roll back what a kill left half committed, as MLflow would. Of one who
+    # writes, and may be stopped at it, nothing is waited for.
+    uri = f"file:{study_folder.database}?mode=rw"
+    with (
+        contextlib.suppress(sqlite3.OperationalError),
+        contextlib.closing(sqlite3.connect(uri, uri=True, timeout=0)) as connection,
+    ):
+        return dict(connection.execute(query).fetchall())
+    return {}
+
+
 def test_a_driver_killed_halfway_is_run_again_without_loss(study_folder: StudyFolder) -> None:
     process = study_folder.start("run", *LONG, "--max-concurrent", "1")
     wait_for(lambda: len(finished_trials(study_folder)) == 1 and running_leases(study_folder), 120, process)
@@ -65,12 +85,29 @@ def test_a_driver_killed_halfway_is_run_again_without_loss(study_folder: StudyFo
 
 
 def test_a_driver_killed_while_it_writes_to_mlflow_doubles_nothing(study_folder: StudyFolder) -> None:
-    process = study_folder.start("run", "-p", "seeds=1")
-    wait_for(lambda: len(finished_trials(study_folder)) == 2, 120, process)
+    process = study_folder.start("run", "-p", "seeds=4")
+
+    def is_halfway() -> bool:
+        """Whether MLflow holds all of one trial, and not all of another that is finished too."""
+        statuses = tracked_trials(study_folder)
+        finished = {path.parent.name for path in finished_trials(study_folder)}
+        return {"RUNNING", "FINISHED"} <= {statuses.get(trial_id) for trial_id in finished}
+
+    def is_stopped_halfway() -> bool:
+        if not is_halfway():
+            return False
+        process.send_signal(signal.SIGSTOP)  # that it does not get on between the look and the kill
+        if is_halfway():
+            return True
+        process.send_signal(signal.SIGCONT)
+        return False
+
+    wait_for(is_stopped_halfway, 120, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    study_folder.run("run", "-p", "seeds=1")
-    assert_undisturbed(study_folder, seeds=1)
+    assert is_halfway()
+    study_folder.run("run", "-p", "seeds=4")
+    assert_undisturbed(study_folder, seeds=4)
 
 
 def test_a_killed_actor_is_replaced_and_its_trial_done_again(study_folder: StudyFolder) -> None:
@@ -93,6 +130,8 @@ def test_two_overlapping_launches_run_every_trial_once(study_folder: StudyFolder
     assert [launch.returncode for launch in launches] == [0, 0], outputs
     attempts = [json.loads(path.read_text())["attempt"] for path in finished_trials(study_folder)]
     assert attempts == [1, 1]
+    leases = [(path.parent / "leases" / "0001.json").read_text() for path in finished_trials(study_folder)]
+    assert len({json.loads(lease)["launch"] for lease in leases}) == 2  # each of them ran one
     assert_undisturbed(study_folder, epochs=300, seeds=1)
 
 

@@ -107,7 +107,7 @@ def started_by(driver: subprocess.Popen[str], title: str) -> list[psutil.Process
 @pytest.mark.parametrize(
     ("num_strings", "epochs", "checkpoint_s"),
     [
-        pytest.param(12, 20, 0, id="twelve strings", marks=pytest.mark.timeout(600)),
+        pytest.param(12, 20, 0, id="twelve strings", marks=[pytest.mark.fault, pytest.mark.timeout(600)]),
         pytest.param(1000, 100, 20, id="a thousand strings", marks=[pytest.mark.soak, pytest.mark.timeout(7200)]),
     ],
 )
@@ -127,8 +127,8 @@ def test_a_sequence_whose_actor_probe_actor_and_driver_are_killed_ends_bit_ident
     (trainer,) = [lease["pid"] for lease in leases if lease["pid"] != process.pid]
     os.kill(trainer, signal.SIGKILL)
     wait_for(lambda: checkpoint(study_folder) >= (2, num_epochs // 3), process)
-    for actor in started_by(process, PROBE_ACTOR):
-        actor.kill()
+    (probe_actor,) = started_by(process, PROBE_ACTOR)
+    probe_actor.kill()
     wait_for(lambda: checkpoint(study_folder) >= (2, num_epochs // 2), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
