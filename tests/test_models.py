@@ -1,7 +1,12 @@
 """Tiny models of every family: seeds, directories, dropout, adapters, and what is refused. No network."""
 
+import http.server
 import json
+import os
 import random
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -301,3 +306,49 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     spec = tiny(pretrained=True, path=str(saved("pythia", tmp_path)))
     with pytest.raises(ValueError, match="must be those of the model"):
         load_model(spec, seed=0, weights={"head": torch.zeros(2).numpy()})
+
+
+class HubThatIsBusyAtFirst(http.server.BaseHTTPRequestHandler):
+    """Answers 429 twice, and then serves one repository of one file."""
+
+    asked: list[str] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        if len(self.asked) <= 2:
+            self._answer(429, b"")
+        elif self.path.startswith("/api/models/owner/name/revision/"):
+            about = {"id": "owner/name", "sha": "1" * 40, "siblings": [{"rfilename": "config.json"}]}
+            self._answer(200, json.dumps(about).encode())
+        elif self.path.startswith(f"/api/models/owner/name/tree/{'1' * 40}"):
+            self._answer(200, json.dumps([{"type": "file", "path": "config.json", "size": 2, "oid": "1"}]).encode())
+        else:
+            assert self.path == f"/owner/name/resolve/{'1' * 40}/config.json"
+            self._answer(200, b"{}")
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), "ETag": '"1"', "X-Repo-Commit": "1" * 40}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing is printed."""
+
+
+def test_a_hub_that_is_busy_for_a_while_is_asked_again(tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubThatIsBusyAtFirst) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        told = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path)}
+        fetching = "from memray import models; models.BUSY_HUB_S = (0.1, 0.1); models.fetch('owner/name', None, ['*'])"
+        done = subprocess.run(
+            [sys.executable, "-c", fetching], env=os.environ | told, capture_output=True, text=True, check=False
+        )
+        hub.shutdown()
+    assert done.returncode == 0, done.stderr
+    (fetched,) = tmp_path.rglob("snapshots/*/config.json")
+    assert fetched.read_text() == "{}"
