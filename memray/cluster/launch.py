@@ -266,7 +266,9 @@ class Shared:
 
 def run_on_tune(shared: Shared, announcer: Announcer) -> None:
     """Lets Tune run each of the announcer's trials once."""
-    nodes = ray.nodes()
+    listed = ray.nodes()
+    left = announcer.room.pool.leaves({node["NodeID"]: node["Resources"] for node in listed})
+    nodes = [node | {"Resources": of_node} for node, of_node in zip(listed, left, strict=True)]
 
     def asked(config: dict[str, Any]) -> tune.PlacementGroupFactory:
         # From the cell: Tune unpickles this function for each trial, with all that it refers to.

@@ -1,5 +1,6 @@
 """What a launch asks of a cluster of several nodes, which come and go: one storage for all, and weights read once."""
 
+import contextlib
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from memray.spec import LoraSpec, ModelSpec
 
 from .conftest import STUDY, StudyFolder, make_study_folder
 from .test_faults import LONG, assert_undisturbed, finished_trials, running_leases, wait_for
+from .test_many_devices import STUDY as STUDY_OF_MANY
 
 pytestmark = pytest.mark.fault
 
@@ -99,6 +101,31 @@ def test_what_serves_all_trials_is_kept_off_nodes_that_may_be_taken_away(cluster
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("num_probe_actors", [0, 1])
+def test_the_actor_that_waits_for_a_trial_of_many_devices_is_kept_off_nodes_that_may_be_taken_away(
+    cluster: Cluster, tmp_path: Path, num_probe_actors: int
+) -> None:
+    """Its workers are not: they are what such nodes are for. A probe actor may take all of the node that stays."""
+    study_folder = make_study_folder(tmp_path, STUDY_OF_MANY.replace("[vary(BASE, more)] + broken", "broken"))
+    spot = cluster.add_node(num_cpus=3, labels={MARKET: SPOT})
+    staying = cluster.add_node(num_cpus=1)
+    options = ["-p", "stages=[0]", "-p", "epochs=3000", "--probe-actors", str(num_probe_actors)]
+    process = study_folder.start("run", *options, "--address", str(cluster.address))
+
+    def where(title: str) -> list[Any]:
+        return [node for node in (spot, staying) for found in titles_on(node) if found.startswith(title)]
+
+    try:
+        wait_for(lambda: len(where("ray::RayTrainWorker")) == 2, 120, process)
+        assert spot in where("ray::RayTrainWorker")
+        [waiting] = where("ray::ResourceTrainable")
+        assert waiting == (spot if staying in where("ray::_ProbeActor") else staying)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.timeout(600)
 def test_nodes_that_join_are_used_and_one_that_is_lost_in_mid_trial_loses_nothing(
     cluster: Cluster, study_folder: StudyFolder
 ) -> None:
@@ -154,8 +181,11 @@ def test_trials_answer_for_a_probe_actor_whose_node_is_lost_for_good(
 
 def titles_on(node: Any) -> list[str]:
     """What the workers of a node are called."""
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    return [" ".join(worker.cmdline()) for worker in raylet.children(recursive=True)]
+    titles = []
+    for worker in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            titles.append(" ".join(worker.cmdline()))
+    return titles
 
 
 def ledger_of(study_folder: StudyFolder) -> Ledger:

@@ -386,12 +386,12 @@ def test_a_sweep_in_a_bucket_and_on_a_server_leaves_no_secret(
 
 
 @contextlib.contextmanager
-def head_with_token(shell: Shell) -> Iterator[str]:
+def head_with_token(shell: Shell, client_port: int) -> Iterator[str]:
     """`ray start --head` as the README says, with the shell's token; the address of its dashboard."""
     ports = {name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--num-cpus=3", "--disable-usage-stats"]
     command += [f"--{name}={port}" for name, port in ports.items()]
-    command += [f"--ray-client-server-port={free_port()}", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1"]
+    command += [f"--ray-client-server-port={client_port}", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1"]
     command += [f"--temp-dir={shell.temporary}"]
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": PLANTED["RAY_AUTH_TOKEN"]}
     environment = {name: value for name, value in shell.environment().items() if name not in VARIABLES}
@@ -424,7 +424,12 @@ def test_submit_asks_for_the_token_and_its_job_leaves_no_secret(
     # Without a password: the trials' actors need the keys of the environment.
     places = ["--storage", bucket.format("job").replace("test:test@", "")]
     places += ["--tracking-uri", with_password(server.uri, IN_TRACKING)]
-    with head_with_token(shell) as address:
+    with head_with_token(shell, client_port := free_port()) as address:
+        # What a cluster's head has beside what `run` starts: Ray's own clients run code there.
+        asked = [method for method in methods() if method.startswith("/ray.rpc.RayletDriver/")]
+        refused = answers(Listener("client server", 0, "127.0.0.1", client_port), asked)
+        assert refused == {"UNAUTHENTICATED": len(asked)}
+        assert asked
         submit = ["submit", "small.py", "-p", "seeds=1", "--address", address, *places]
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
             submit += ["--send", name]
