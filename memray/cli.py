@@ -14,7 +14,17 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from memray.console import err, out, plan_row, plan_table, say_where, watcher, where_probes_run, why_placed
+from memray.console import (
+    err,
+    out,
+    plan_row,
+    plan_table,
+    say_where,
+    watcher,
+    what_overfills_memory,
+    where_probes_run,
+    why_placed,
+)
 from memray.preflight import check, download
 from memray.sweep import Sweep, load
 
@@ -127,6 +137,8 @@ def plan(
     for line in why_placed(loaded):
         out.print(line, markup=False, soft_wrap=True)
     out.print(where_probes_run(loaded))
+    for line in what_overfills_memory(loaded):
+        out.print(line, markup=False, soft_wrap=True)
     left = [row for row in rows if row["state"] != "finished"]
     flops = sum(row["flops"] for row in left)
     out.print(

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from memray.accelerators import accelerator
 from memray.cost import cost
 from memray.placement import num_probe_actors
 from memray.spec import TrialSpec
@@ -106,6 +107,23 @@ def where_probes_run(sweep: Sweep) -> str:
         else "its accelerators are the trials'"
     )
     return f"On this machine alone, probes run inside the trials: {why}. On a cluster --probe-actors says how many."
+
+
+def what_overfills_memory(sweep: Sweep) -> Iterator[str]:
+    """A sentence where as many trials as this machine has cores for may together take more than its memory."""
+    on_cpu = [trial for trial in sweep.trials if trial.compute.accelerator == "cpu"]
+    if not on_cpu:
+        return
+    has, side_by_side = (
+        accelerator("cpu").memory_gib,
+        (os.cpu_count() or 1) // min(each.compute.threads for each in on_cpu),
+    )
+    peaks = sorted((cost(trial).peak_gib * trial.compute.workers for trial in on_cpu), reverse=True)
+    if (needed := sum(peaks[:side_by_side])) > has:
+        yield (
+            f"Side by side on this machine alone, the largest trials may take {needed:.1f} GiB, and it has {has:.1f}: "
+            "Ray would end some of them. Run fewer with --max-concurrent, or give more threads to each."
+        )
 
 
 def say_where(mirror: Any, lag: int, sweep: str, parameters: list[str] | None, storage: str) -> None:

@@ -251,6 +251,19 @@ def test_a_plan_as_json_has_one_object_a_trial(tmp_path: Path) -> None:
     assert all(row["flops"] > 0 and row["peak_gib"] > 0 and row["device_hours"] > 0 for row in rows)
 
 
+def test_a_plan_warns_where_trials_side_by_side_would_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = "TrialSpec(strings=StringsSpec(length=1000, num_strings=64), training=TrainingSpec(strings_per_step=64))"
+    sweep = f"    return Sweep(vary({large}, {{'string_seed': seed}}) for seed in range(100))\n"
+    path = study(tmp_path, f"{HEAD}def sweep(*, scale='tiny', seeds=1):\n{sweep}")
+    plan = ["plan", path, "--storage", str(tmp_path / "runs")]
+    for cores, warns in ((1, False), (100, True)):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        said = run(*plan).stdout
+        assert ("Ray would end some of them. Run fewer with --max-concurrent" in said) == warns, said
+
+
 def test_a_plan_totals_what_is_left(tmp_path: Path) -> None:
     done = run("plan", "sweeps/alphabet.py", "-p", "seeds=2", "--storage", str(tmp_path))
     assert done.exit_code == 0
