@@ -114,10 +114,8 @@ def what_overfills_memory(sweep: Sweep) -> Iterator[str]:
     on_cpu = [trial for trial in sweep.trials if trial.compute.accelerator == "cpu"]
     if not on_cpu:
         return
-    has, side_by_side = (
-        accelerator("cpu").memory_gib,
-        (os.cpu_count() or 1) // min(each.compute.threads for each in on_cpu),
-    )
+    has = accelerator("cpu").memory_gib
+    side_by_side = (os.cpu_count() or 1) // min(trial.compute.threads for trial in on_cpu)
     peaks = sorted((cost(trial).peak_gib * trial.compute.workers for trial in on_cpu), reverse=True)
     if (needed := sum(peaks[:side_by_side])) > has:
         yield (

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray._private.state import actors as told_of_actors
+from ray._private.state import actors as told_of_actors  # what is public asks the dashboard, which may not run
 from ray.exceptions import GetTimeoutError
 
 from memray.cluster.resources import Resources, concurrency, phases

@@ -166,7 +166,8 @@ class ActorProber:
     def _make_room(self, gib: float) -> None:
         began_s = time.monotonic()
         while len(self.in_flight) >= max(IN_FLIGHT_AT_LEAST, IN_FLIGHT_GIB // gib):
-            ray.wait([reference for look in self.in_flight for reference in look.pending()], num_returns=1)
+            if pending := [reference for look in self.in_flight for reference in look.pending()]:
+                ray.wait(pending, num_returns=1)  # which refuses an empty list: all may be answered by now
             self.drop_scored()
         self.waited_s += time.monotonic() - began_s
 
@@ -223,7 +224,7 @@ class RemoteLook:
     def _answer(self, share: Question, reference: Any) -> tuple[Any, float]:
         try:
             return ray.get(reference)
-        except RayActorError:  # ended for good, see `ProbePool.give_up`
+        except RayActorError:  # its node is lost, or `ProbePool.give_up` has ended it
             self.prober.num_own += 1
             return look(self.prober.spec_json, share, ray.get(self.snapshot))
 
