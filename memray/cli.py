@@ -305,15 +305,19 @@ def _mirror(sweep: Sweep, ledger: Any, uri: str, storage: str, *, trusts_notes: 
 
     def write_figures(folder: Path) -> None:
         from memray.cluster.tracking import costs, results
+        from memray.report import has_curriculum
         from memray.report.figure import write_sweep_figure
         from memray.report.placement_figure import write_placement_figures
         from memray.report.placements import varies_placement
-        from memray.report.sequence_figures import write_sequence_figures
 
         frame = results(sweep, storage=storage)
         if len(frame):
             write_sweep_figure(sweep, frame, folder)
-            write_sequence_figures(sweep, frame, folder)
+            if has_curriculum(sweep):
+                # Only here, because they need torch, which takes seconds to import.
+                from memray.report.sequence_figures import write_sequence_figures
+
+                write_sequence_figures(sweep, frame, folder)
             if varies_placement(sweep):
                 write_placement_figures(sweep, frame, costs(sweep, storage=storage), folder)
             # A param that does not apply to every trial is a number for some and "none" for others.

@@ -26,7 +26,6 @@ from memray.report.estimands import (
     source_against_foreign,
     together,
 )
-from memray.report.records import FEW_WHOLE, HALF_WHOLE
 from memray.report.replicates import (
     accuracy_at_onset,
     accuracy_beyond_robust,
@@ -48,6 +47,7 @@ from memray.report.sample_estimands import (
     skew_with_collapse,
     where_whole,
 )
+from memray.report.samples_seen import FEW_WHOLE, HALF_WHOLE
 from memray.report.sequence_estimands import (
     BEYOND_HELDOUT,
     FORGETTING,

@@ -21,8 +21,8 @@ from numpy import ndarray
 from memray.corpora import CorpusSpec
 from memray.measures.paired import PairedComparison, paired_comparison
 from memray.report import column
-from memray.report.records import HALF_WHOLE, SamplesSeen
 from memray.report.replicates import Seen, groups
+from memray.report.samples_seen import HALF_WHOLE, SamplesSeen
 
 # The fields in which mixes of one overlap differ.
 MIX = ("corpus.num_samples", "corpus.foreign.", "corpus.num_foreign")

@@ -8,21 +8,34 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+import pyarrow as pa
+from jaxtyping import Float, Int
 from numpy import ndarray
 
+from memray.material import known_strings
+from memray.measurement import KnownString
 from memray.measures.order import acquisition_epochs, has_surprise
 from memray.measures.recall import Guesser
 from memray.report import column
 from memray.report.charts import Chart, HeatMap, Style, Trace
-from memray.report.records import Records, RecordsOf, known_again
+from memray.report.records import Records, RecordsOf
 from memray.spec import TrialSpec
-from memray.strings import ALPHABETS
+from memray.strings import ALPHABETS, Stream
 from memray.sweep import Sweep
 
 # Rows of the heat map: more than fit its height show nothing more.
 MAX_EPOCHS_SHOWN = 60
 TIE = -1
+
+
+def known_again(
+    trial: TrialSpec, strings: pa.Table, stream: Stream
+) -> tuple[Int[ndarray, "strings length"], list[KnownString]] | None:
+    """A trial's strings, as `known_strings`; None for those of a text, whose source only a model's tokenizer knows."""
+    if trial.strings.kind == "text" or not strings.num_rows:
+        return None
+    symbol_ids = np.array(strings["symbol_ids"][0].as_py())  # the same for every string of a trial
+    return known_strings(trial, trial.source(), symbol_ids, stream)
 
 
 @dataclass(frozen=True, kw_only=True)

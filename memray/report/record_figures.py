@@ -16,9 +16,9 @@ from memray.measurement import HELD_OUT, TRAINED, KnownString, read_context
 from memray.measures.order import UNDEFINED, Correlation, agreement, has_surprise, mean_correlation
 from memray.measures.prefix import ContextScores, chance_prefix, determining_prefix, minimal_prefix, share_sufficient
 from memray.report.charts import Chart, Style, Trace
-from memray.report.one_string import StringRecord
+from memray.report.one_string import StringRecord, known_again
 from memray.report.probe_figures import MAX_CELLS_APART, of_cell, replicate_trace
-from memray.report.records import Records, RecordsOf, known_again
+from memray.report.records import Records, RecordsOf
 from memray.report.replicates import Quantity, Seen, groups, last_value
 from memray.spec import ModelSpec, TrialSpec
 

@@ -18,8 +18,8 @@ from memray.corpora import CorpusSpec, name_of
 from memray.report import column
 from memray.report.estimands import Estimand, Evidence, between, within
 from memray.report.mixes import MIX, TRAININGS_WANTED, control, mixes, overlaps
-from memray.report.records import FEW_WHOLE, HALF_WHOLE
 from memray.report.replicates import Quantity, Seen, groups, last, spearman
+from memray.report.samples_seen import FEW_WHOLE, HALF_WHOLE
 from memray.spec import TrialSpec
 
 NUM_SAMPLES = "corpus.num_samples"

@@ -25,9 +25,10 @@ from memray.measures.skew import LARGEST_SHARE, expected_max, miss_probability
 from memray.report.charts import Chart, Style, Trace
 from memray.report.figure import Line, lines_of
 from memray.report.probe_figures import replicate_trace
-from memray.report.records import FEW_WHOLE, RecordsOf, SamplesSeen
+from memray.report.records import RecordsOf
 from memray.report.replicates import Seen, last, seen_cells
 from memray.report.sample_scatters import Neighbours, mix_charts, neighbour_charts
+from memray.report.samples_seen import FEW_WHOLE, SamplesSeen
 from memray.sweep import Sweep
 
 MAX_CELLS_APART = 4

@@ -15,8 +15,8 @@ from memray.measures.paired import paired_comparison
 from memray.report.charts import Chart, Style, Trace
 from memray.report.figure import Line
 from memray.report.mixes import MIX, Overlap, control, mixes, overlaps
-from memray.report.records import SamplesSeen
 from memray.report.replicates import Seen, spearman
+from memray.report.samples_seen import SamplesSeen
 
 # More points than these hide each other, and make the page slow.
 MAX_POINTS = 2000
