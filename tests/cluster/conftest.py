@@ -16,6 +16,8 @@ from pathlib import Path
 
 # Loopback. Set before Ray is imported anywhere: its clients in this process would else ask for a token.
 os.environ["RAY_AUTH_MODE"] = "disabled"
+# Ray's processes give way to all others, and beside another test that computes they hardly come to run.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 import pytest
 from mlflow.tracking import MlflowClient

@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,19 +200,20 @@ def digest_of(ledger: Ledger, spec: TrialSpec) -> str:
     return finished.measurements_sha256
 
 
-def kill(whom: str, trial: TrialSpec, storage: Path, head: Head, *, attempt: int = 1) -> None:
+def kill(
+    whom: str, trial: TrialSpec, storage: Path, head: Head, process: subprocess.Popen[str], *, attempt: int = 1
+) -> None:
     """Waits until an attempt at a trial has made a checkpoint, and kills a process of it."""
-    deadline = time.monotonic() + 150
-    while not list(storage.glob(f"small/{trial.trial_id()}/checkpoints/{attempt:04d}-*.json")):
-        assert time.monotonic() < deadline, f"attempt {attempt} made no checkpoint"
-        time.sleep(0.05)
+    made = f"small/{trial.trial_id()}/checkpoints/{attempt:04d}-*.json"
+    wait_for(lambda: list(storage.glob(made)), 240, process)
     workers = ray_workers(head)
-    chosen = [process for process, title in workers if title.startswith(TITLES[whom])]
+    chosen = [each for each, title in workers if title.startswith(TITLES[whom])]
     assert chosen, f"{whom} was not met among {workers}"
     chosen[-1].kill()
 
 
 # That every stage resumes to the last bit, test_engine says; that one device does, test_leaving.
+@pytest.mark.timeout(900)
 def test_a_trial_killed_twice_ends_bit_identical(
     study_folder: StudyFolder, head: Head, undisturbed: dict[str, str]
 ) -> None:
@@ -219,8 +221,8 @@ def test_a_trial_killed_twice_ends_bit_identical(
     sweep = load(study_folder.folder / "small.py", stages=(3,), **LONG)
     ledger, trial = Ledger(str(study_folder.storage), "small"), sweep.trials[1]
     process = study_folder.start("run", *options, "--address", head.address)
-    kill("a worker", trial, study_folder.storage, head)
-    kill("the actor", trial, study_folder.storage, head, attempt=2)
+    kill("a worker", trial, study_folder.storage, head, process)
+    kill("the actor", trial, study_folder.storage, head, process, attempt=2)
     process.kill()
     process.wait()
     study_folder.run("run", *options, "--address", head.address)

@@ -401,8 +401,8 @@ def head_with_token(shell: Shell, client_port: int) -> Iterator[str]:
     assert done.returncode == 0, done.stdout + done.stderr
     try:
         deadline = time.monotonic() + 100
-        while not is_listening(ports["dashboard-agent-listen-port"]):
-            assert time.monotonic() < deadline, "the head node's agent, which takes jobs, did not start"
+        while not (is_listening(ports["dashboard-agent-listen-port"]) and is_listening(client_port)):
+            assert time.monotonic() < deadline, "the head node's agent, which takes jobs, or its clients' port is deaf"
             time.sleep(0.3)
         yield f"http://127.0.0.1:{ports['dashboard-port']}"
     finally:
