@@ -19,10 +19,11 @@ from memray.sweep import load
 
 from .conftest import Head, StudyFolder, alone
 
-pytestmark = pytest.mark.fault
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
 
-# Two trials, long enough to be met in the middle.
-LONG = ("-p", "epochs=300", "-p", "seeds=1")
+# Two trials, long enough to be met in the middle: what is done to them takes longer where the machine is busy.
+LONG_EPOCHS = 900
+LONG = ("-p", f"epochs={LONG_EPOCHS}", "-p", "seeds=1")
 
 
 def assert_undisturbed(study_folder: StudyFolder, **parameters: object) -> None:
@@ -81,7 +82,7 @@ def test_a_driver_killed_halfway_is_run_again_without_loss(study_folder: StudyFo
     study_folder.run("run", *LONG)
     after = {path.parent.name: path.read_bytes() for path in finished_trials(study_folder)}
     assert done.items() <= after.items()
-    assert_undisturbed(study_folder, epochs=300, seeds=1)
+    assert_undisturbed(study_folder, epochs=LONG_EPOCHS, seeds=1)
 
 
 def test_a_driver_killed_while_it_writes_to_mlflow_doubles_nothing(study_folder: StudyFolder) -> None:
@@ -121,7 +122,7 @@ def test_a_killed_actor_is_replaced_and_its_trial_done_again(study_folder: Study
     attempts = [json.loads(path.read_text())["attempt"] for path in finished_trials(study_folder)]
     assert max(attempts) >= 2
     assert len(ledger.trial_ids()) == 3  # two trials, and the lease of the writer
-    assert_undisturbed(study_folder, epochs=300, seeds=1)
+    assert_undisturbed(study_folder, epochs=LONG_EPOCHS, seeds=1)
 
 
 def test_two_overlapping_launches_run_every_trial_once(study_folder: StudyFolder) -> None:
@@ -132,7 +133,7 @@ def test_two_overlapping_launches_run_every_trial_once(study_folder: StudyFolder
     assert attempts == [1, 1]
     leases = [(path.parent / "leases" / "0001.json").read_text() for path in finished_trials(study_folder)]
     assert len({json.loads(lease)["launch"] for lease in leases}) == 2  # each of them ran one
-    assert_undisturbed(study_folder, epochs=300, seeds=1)
+    assert_undisturbed(study_folder, epochs=LONG_EPOCHS, seeds=1)
 
 
 def test_two_overlapping_launches_on_a_bucket_write_each_run_once(
@@ -142,11 +143,11 @@ def test_two_overlapping_launches_on_a_bucket_write_each_run_once(
     study_folder.storage.mkdir()
     uri = f"sqlite:///{study_folder.database}"
     shared = replace(study_folder, uri=bucket.format("overlap"), environment={"MLFLOW_TRACKING_URI": uri})
-    command = ("run", "-p", "epochs=300", "--address", head.address, "--max-concurrent", "1")
+    command = ("run", "-p", f"epochs={LONG_EPOCHS}", "--address", head.address, "--max-concurrent", "1")
     launches = [shared.start(*command) for _ in range(2)]
     outputs = [launch.communicate(timeout=280)[0] for launch in launches]
     assert [launch.returncode for launch in launches] == [0, 0], outputs
-    sweep = load(study_folder.folder / study_folder.study, epochs=300)
+    sweep = load(study_folder.folder / study_folder.study, epochs=LONG_EPOCHS)
     ledger = Ledger(bucket.format("overlap"), sweep.name)
     assert audit(sweep, ledger, uri) == []
     assert study_folder.count_runs() == 1 + len(sweep.trials) + len(sweep.cells())

@@ -9,7 +9,7 @@ from memray.cluster.launch import MAX_FAILURES
 from memray.cluster.ledger import Ledger
 
 from .conftest import StudyFolder
-from .test_faults import LONG, assert_undisturbed, running_leases, wait_for
+from .test_faults import LONG, LONG_EPOCHS, assert_undisturbed, running_leases, wait_for
 
 pytestmark = pytest.mark.fault
 
@@ -40,7 +40,7 @@ def test_a_launch_that_is_asked_to_leave_keeps_checkpoints_and_is_continued(stud
     assert not list(study_folder.storage.glob("small/.leave-*"))
     study_folder.run("run", *LONG)
     assert min(resumed(study_folder)) > 0
-    assert_undisturbed(study_folder, epochs=300, seeds=1)
+    assert_undisturbed(study_folder, epochs=LONG_EPOCHS, seeds=1)
 
 
 @pytest.mark.timeout(600)
@@ -56,7 +56,7 @@ def test_a_trial_whose_processes_are_taken_back_time_and_again_goes_on_elsewhere
     output, _ = process.communicate(timeout=250)
     assert process.returncode == 0, output
     assert len(resumed(study_folder)) == 1
-    assert_undisturbed(study_folder, epochs=300, seeds=1, alphabet_sizes=(7,))
+    assert_undisturbed(study_folder, epochs=LONG_EPOCHS, seeds=1, alphabet_sizes=(7,))
 
 
 def is_held_by(study_folder: StudyFolder, pid: int) -> bool:

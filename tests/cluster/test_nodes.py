@@ -26,7 +26,7 @@ from memray.models import character_tokenizer, load_model
 from memray.spec import LoraSpec, ModelSpec
 
 from .conftest import STUDY, StudyFolder, make_study_folder
-from .test_faults import LONG, assert_undisturbed, finished_trials, running_leases, wait_for
+from .test_faults import LONG, LONG_EPOCHS, assert_undisturbed, finished_trials, running_leases, wait_for
 from .test_many_devices import STUDY as STUDY_OF_MANY
 
 pytestmark = pytest.mark.fault
@@ -130,7 +130,7 @@ def test_nodes_that_join_are_used_and_one_that_is_lost_in_mid_trial_loses_nothin
     cluster: Cluster, study_folder: StudyFolder
 ) -> None:
     first = cluster.add_node(num_cpus=1)
-    process = study_folder.start("run", "-p", "epochs=300", "--address", str(cluster.address))
+    process = study_folder.start("run", "-p", f"epochs={LONG_EPOCHS}", "--address", str(cluster.address))
     wait_for(lambda: running_leases(study_folder), 120, process)
     cluster.add_node(num_cpus=1)
     wait_for(lambda: len(running_leases(study_folder)) == 2, 90, process)
@@ -141,7 +141,7 @@ def test_nodes_that_join_are_used_and_one_that_is_lost_in_mid_trial_loses_nothin
     assert "4 trials to run, 1 at a time" in output
     finished = [ledger_of(study_folder).trial(path.parent.name).finished() for path in finished_trials(study_folder)]
     assert max(each.attempt for each in finished if each) == 2, held
-    assert_undisturbed(study_folder, epochs=300)
+    assert_undisturbed(study_folder, epochs=LONG_EPOCHS)
 
 
 # Which would wait ten minutes for another node.
@@ -213,4 +213,4 @@ def test_weights_whose_owner_is_killed_are_loaded_again(tmp_path: Path) -> None:
     os.kill(running_leases(study_folder)[0]["pid"], signal.SIGKILL)
     output, _ = process.communicate(timeout=250)
     assert process.returncode == 0, output
-    assert_undisturbed(study_folder, epochs=300, seeds=1)
+    assert_undisturbed(study_folder, epochs=LONG_EPOCHS, seeds=1)

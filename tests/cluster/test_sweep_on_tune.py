@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import sqlite3
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.fs as pa_fs
 import pytest
+from mlflow.tracking import MlflowClient
 from typer.testing import CliRunner
 
 from memray.cli import app
@@ -109,6 +112,26 @@ def test_running_a_finished_sweep_again_adds_nothing(finished: StudyFolder) -> N
     assert {table: finished.count(table) for table in tables} == before
     assert set(attempts_of(finished).values()) == {1}
     assert "trials to run" not in done.stdout
+
+
+NO_MODEL_LIBRARY = """
+import sys
+from memray.cli import app
+app(sys.argv[1:], standalone_mode=False)
+assert "memray.cluster.launch" in sys.modules
+assert not (heavy := {"torch", "transformers", "deepspeed"} & {*sys.modules}), heavy
+"""
+
+
+def test_a_driver_draws_and_shows_results_without_a_model_library(finished: StudyFolder, tmp_path: Path) -> None:
+    """To import them takes seconds; trials do so in their own processes."""
+    copy, elsewhere = copy_of(finished, tmp_path / "copy"), f"sqlite:///{tmp_path}/mlflow.db"
+    words = copy.command("run", "--tracking-uri", elsewhere)[3:]
+    subprocess.run([sys.executable, "-c", NO_MODEL_LIBRARY, *words], check=True, timeout=240, **copy.options())
+    client = MlflowClient(elsewhere)
+    (experiment,) = client.search_experiments(filter_string="name = 'small'")
+    (parent,) = client.search_runs([experiment.experiment_id], "tags.`memray.kind` = 'sweep'")
+    assert "recall.png" in {each.path for each in client.list_artifacts(parent.info.run_id)}
 
 
 def test_a_finished_sweep_agrees_with_its_plan_ledger_and_mlflow(finished: StudyFolder) -> None:
